@@ -1,0 +1,37 @@
+"""CartPole-v1, with all four observations and with the two velocities left out."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from envs.classic import make_cartpole
+from snn_rl.recipe import AnnConfig, NetworkConfig, Recipe, SnnConfig
+
+CARTPOLE = Recipe(
+    name="cartpole",
+    env_id="CartPole-v1",
+    make_env=make_cartpole,
+    num_envs=8,
+    network=NetworkConfig(net_arch=(256, 256)),
+    ann=AnnConfig(
+        env_steps=100_000,
+        learning_rate=2.3e-3,
+        learning_starts=1_000,
+        batch_size=64,
+        train_every=256,
+        gradient_steps=128,
+        target_update_every=10,
+        exploration_steps=8_000,
+        exploration_eps=0.04,
+    ),
+    snn=SnnConfig(env_steps=16_000),
+    target_return=500.0,
+    validate_every=2_000,
+)
+
+# Velocity is to be had from the membranes alone, so the ANN can teach nothing: the stages learn by TD on their own play.
+CARTPOLE_NO_VELOCITY = dataclasses.replace(
+    CARTPOLE,
+    name="cartpole-no-velocity",
+    env_kwargs={"velocities": False},
+)

@@ -1,0 +1,1 @@
+"""Environments: one module per family, each building a stable-baselines3 ``VecEnv``."""

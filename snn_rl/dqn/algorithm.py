@@ -1,0 +1,473 @@
+"""`SpikingDQN`: SB3's DQN with a recurrent, spiking Q-network."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3 import DQN
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.preprocessing import preprocess_obs
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFreq, TrainFrequencyUnit
+from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor
+from torch.nn import functional as F
+
+from snn_rl.activity import count_spikes
+from snn_rl.convert import DEFAULT_LEAK, DEFAULT_PERCENTILE, to_spiking
+from snn_rl.dqn.policy import CnnPolicy, MlpPolicy, NumpyState, SpikingDQNPolicy, SpikingQNetwork, q_network_ann
+from snn_rl.dqn.replay import SequenceReplayBuffer, Windows, frame_stack_of
+
+SelfSpikingDQN = TypeVar("SelfSpikingDQN", bound="SpikingDQN")
+
+
+class SpikingDQN(DQN):
+    """DQN whose Q-network spikes; its membranes persist from frame to frame and are cleared where an episode starts.
+
+    Takes SB3's DQN arguments, with these differences:
+
+    Args:
+        policy: ``"MlpPolicy"``, ``"CnnPolicy"`` or a subclass of `SpikingDQNPolicy`; ``policy_kwargs`` also take
+            ``timesteps``, ``leak``, ``leak_reset`` and ``persistent``.
+        batch_size: windows per update (not transitions).
+        sequence_length: frames of a window that are trained on.
+        burn_in: frames before them that only warm the membranes up, without gradient.
+        n_steps: of the n-step return inside a window.
+        td_weight: weight of the temporal-difference loss.
+        distillation_weight: weight of `distillation_loss` against the Q-values of ``self.teacher``, on the same windows.
+        distillation_temperature: of its softmax, in standard deviations of the teacher's advantages.
+
+    Targets are double-Q (van Hasselt et al. 2016); online and target network burn in separately, each under its own
+    weights, from silence (Kapturowski et al. 2019). Updates begin once every environment has stored
+    ``burn_in + sequence_length + n_steps`` frames, however small ``learning_starts`` is.
+
+    Raises:
+        ValueError: an argument out of range, an action space that is not discrete, a network that cannot be converted.
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MlpPolicy": MlpPolicy, "CnnPolicy": CnnPolicy}
+    policy: SpikingDQNPolicy
+    q_net: SpikingQNetwork  # type: ignore[assignment]
+    q_net_target: SpikingQNetwork  # type: ignore[assignment]
+    replay_buffer: SequenceReplayBuffer | None
+
+    def __init__(
+        self,
+        policy: str | type[SpikingDQNPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 1e-4,
+        buffer_size: int = 1_000_000,
+        learning_starts: int = 100,
+        batch_size: int = 8,
+        tau: float = 1.0,
+        gamma: float = 0.99,
+        train_freq: int | tuple[int, str] = 4,
+        gradient_steps: int = 1,
+        replay_buffer_class: type[ReplayBuffer] | None = None,
+        replay_buffer_kwargs: dict[str, Any] | None = None,
+        n_steps: int = 1,
+        target_update_interval: int = 10_000,
+        exploration_fraction: float = 0.1,
+        exploration_initial_eps: float = 1.0,
+        exploration_final_eps: float = 0.05,
+        max_grad_norm: float = 10,
+        sequence_length: int = 8,
+        burn_in: int = 8,
+        td_weight: float = 1.0,
+        distillation_weight: float = 0.0,
+        distillation_temperature: float = 0.3,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: torch.device | str = "auto",
+        _init_setup_model: bool = True,
+    ) -> None:
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("n_steps", n_steps, 1),
+            ("sequence_length", sequence_length, 1),
+            ("burn_in", burn_in, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be >= {least}, got {value}")
+        if replay_buffer_class is not None and not issubclass(replay_buffer_class, SequenceReplayBuffer):
+            raise ValueError(
+                f"replay_buffer_class must be a SequenceReplayBuffer, which keeps windows, got {replay_buffer_class}"
+            )
+        action_space = getattr(env, "action_space", None)  # a string names no space yet; SB3 checks it then
+        if action_space is not None and not isinstance(action_space, spaces.Discrete):
+            raise ValueError(f"DQN needs a Discrete action space, got {action_space}; discretise the actions first")
+        if td_weight < 0 or distillation_weight < 0 or td_weight + distillation_weight == 0:
+            raise ValueError(
+                "td_weight and distillation_weight must be >= 0 and not both 0, "
+                f"got {td_weight} and {distillation_weight}"
+            )
+        if not distillation_temperature > 0:
+            raise ValueError(f"distillation_temperature must be > 0, got {distillation_temperature}")
+        self.sequence_length = sequence_length
+        self.burn_in = burn_in
+        self.td_weight = td_weight
+        self.distillation_weight = distillation_weight
+        self.distillation_temperature = distillation_temperature
+        self.teacher: DQN | None = None  # set by whoever trains with a distillation loss; never saved
+        self._last_state: NumpyState | None = None  # aligned with `_last_obs`: the membranes before it is seen
+        self._next_state: NumpyState | None = None  # after it was seen; committed with the transition
+        self._actor: DQN | None = None  # who acts in place of this agent, while `collect` runs
+        super().__init__(
+            policy,  # type: ignore[arg-type]
+            env,
+            learning_rate,
+            buffer_size,
+            learning_starts,
+            batch_size,
+            tau,
+            gamma,
+            train_freq,
+            gradient_steps,
+            replay_buffer_class=replay_buffer_class or SequenceReplayBuffer,
+            replay_buffer_kwargs=replay_buffer_kwargs,
+            n_steps=1,  # SB3 warns of any other beside a buffer class; set below
+            target_update_interval=target_update_interval,
+            exploration_fraction=exploration_fraction,
+            exploration_initial_eps=exploration_initial_eps,
+            exploration_final_eps=exploration_final_eps,
+            max_grad_norm=max_grad_norm,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            seed=seed,
+            device=device,
+            _init_setup_model=False,
+        )
+        self.n_steps = n_steps
+        if _init_setup_model:
+            self._setup_model()
+
+    def _setup_model(self) -> None:
+        if self.replay_buffer is None and self.env is not None:
+            self.replay_buffer_kwargs.setdefault("frame_stack", frame_stack_of(self.env))
+        n_steps, self.n_steps = self.n_steps, 1
+        super()._setup_model()
+        self.n_steps = n_steps
+        # An own generator: drawing from numpy's global one would tie the agent to whatever else draws from it.
+        self._exploration = np.random.default_rng(self.seed)
+
+    # --- acting
+
+    def predict(  # type: ignore[override]
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: NumpyState | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, NumpyState]:
+        """Actions and membranes, as `SpikingDQNPolicy.predict`; epsilon-greedy unless ``deterministic``.
+
+        Each environment draws for itself, and the network always runs: a random action must not freeze the membranes.
+        """
+        actions, state = self.policy.predict(observation, state, episode_start, deterministic)
+        if not deterministic:
+            explore = self._exploration.random(actions.shape) < self.exploration_rate
+            n = int(self.action_space.n)  # type: ignore[attr-defined]
+            actions = np.where(explore, self._exploration.integers(n, size=actions.shape), actions)
+        return actions, state
+
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
+        result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        assert self._last_episode_starts is not None
+        if self._last_episode_starts.all():  # the environments were just reset, perhaps another number of them
+            self._last_state = None
+        return result
+
+    def _sample_action(
+        self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        actor = self._actor or self
+        assert self._last_obs is not None
+        actions, self._next_state = actor.predict(  # type: ignore[assignment]
+            self._last_obs, self._last_state, self._last_episode_starts, deterministic=False
+        )
+        if self.num_timesteps < learning_starts:
+            actions = np.array([self.action_space.sample() for _ in range(n_envs)])
+        return actions, actions
+
+    def _store_transition(
+        self,
+        replay_buffer: ReplayBuffer,
+        buffer_action: np.ndarray,
+        new_obs: np.ndarray | dict[str, np.ndarray],
+        reward: np.ndarray,
+        dones: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+        # Here, where `_last_obs` moves on, and not earlier: a callback may stop the collection in between.
+        self._last_state = self._next_state
+        self._last_episode_starts = dones
+
+    # --- learning
+
+    @property
+    def window_length(self) -> int:
+        """Frames per sampled window: burn-in, training, and the bootstrap of the last n-step return."""
+        return self.burn_in + self.sequence_length + self.n_steps
+
+    def train(self, gradient_steps: int, batch_size: int = 8) -> None:
+        """Update the Q-network on ``gradient_steps`` batches of ``batch_size`` windows."""
+        assert self.replay_buffer is not None
+        if not self.replay_buffer.holds_windows(self.window_length):
+            return
+        if self.distillation_weight and self.teacher is None:
+            raise ValueError("distillation_weight is > 0, but no teacher is set: assign the parent agent to `.teacher`")
+        losses = [
+            self._update(self._loss, batch_size, log_spikes=step == gradient_steps - 1) for step in range(gradient_steps)
+        ]
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        self.logger.record("train/loss", float(np.mean(losses)))
+        for name, lif in self.q_net.network.lif_layers.items():
+            self.logger.record(f"threshold/{name}", lif.threshold.item())
+            self.logger.record(f"leak/{name}", lif.leak.item())
+
+    def _update(self, loss_of: Callable[[Windows], Tensor], batch_size: int, *, log_spikes: bool = False) -> float:
+        """One gradient step on a fresh batch of windows; returns the loss."""
+        assert self.replay_buffer is not None
+        self.policy.set_training_mode(True)
+        self._update_learning_rate(self.policy.optimizer)
+        windows = self.replay_buffer.sample_windows(batch_size, self.window_length, env=self._vec_normalize_env)
+        with count_spikes(self.q_net.network) if log_spikes else nullcontext() as counter:
+            loss = loss_of(windows)
+        for name, rate in counter.rates().items() if counter is not None else ():
+            self.logger.record_mean(f"spike_rate/{name}", rate)
+        self.policy.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+        self.policy.optimizer.step()
+        self._n_updates += 1
+        return loss.item()
+
+    def _loss(self, windows: Windows) -> Tensor:
+        q_t, q_tail = self._unroll(self.q_net, windows)
+        loss = q_t.new_zeros(())
+        if self.td_weight:
+            loss = loss + self.td_weight * self._td_loss(windows, q_t, q_tail)
+        if self.distillation_weight:
+            loss = loss + self.distillation_weight * self._distillation_loss(windows, q_t)
+        return loss
+
+    def _unroll(self, q_net: SpikingQNetwork, windows: Windows) -> tuple[Tensor, Tensor]:
+        """Q-values of the trained frames (sequence_length, batch, actions) and, without gradient, of the last n."""
+        burnt, trained = self.burn_in, self.burn_in + self.sequence_length
+        state = None
+        if burnt:
+            with torch.no_grad():
+                _, state = q_net.unroll(windows.observations[:burnt], None, windows.episode_start[:burnt])
+        q, state = q_net.unroll(windows.observations[burnt:trained], state, windows.episode_start[burnt:trained])
+        with torch.no_grad():
+            q_tail, _ = q_net.unroll(windows.observations[trained:], state, windows.episode_start[trained:])
+        return q, q_tail
+
+    def _trained(self, x: Tensor) -> Tensor:
+        """The frames of a window that are trained on, of a tensor (window_length, batch, ...)."""
+        return x[self.burn_in : self.burn_in + self.sequence_length]
+
+    def _td_loss(self, windows: Windows, q_t: Tensor, q_tail: Tensor) -> Tensor:
+        """Huber loss of double-Q, n-step targets on the frames behind the burn-in where an action was taken."""
+        with torch.no_grad():
+            target = torch.cat(self._unroll(self.q_net_target, windows))  # (sequence_length + n, batch, actions)
+            best = torch.cat([q_t, q_tail]).argmax(dim=-1, keepdim=True)
+            bootstrap = target.gather(-1, best).squeeze(-1)
+            r_t, slot, discount = n_step_returns(windows, self.burn_in, self.sequence_length, self.n_steps, self.gamma)
+            target_t = r_t + discount * bootstrap.gather(0, slot)
+        q_a_t = q_t.gather(-1, self._trained(windows.actions).unsqueeze(-1)).squeeze(-1)  # (sequence_length, batch)
+        loss = F.smooth_l1_loss(q_a_t, target_t, reduction="none")
+        acted = self._trained(windows.acted)
+        return (loss * acted).sum() / acted.sum().clamp(min=1)
+
+    def _distillation_loss(self, windows: Windows, q_t: Tensor) -> Tensor:
+        """`distillation_loss` against the teacher, which sees each window from silence as this agent does."""
+        assert self.teacher is not None
+        with torch.no_grad():
+            if isinstance(self.teacher, SpikingDQN):
+                teacher_t, _ = self._unroll(self.teacher.q_net, windows)
+            else:
+                obs = self._trained(windows.observations)
+                teacher_t = self.teacher.q_net(obs.flatten(0, 1)).unflatten(0, obs.shape[:2])
+        return distillation_loss(q_t, teacher_t, self._trained(windows.acted), self.distillation_temperature)
+
+    # --- a stage's start: from an ANN, from a parent's play
+
+    @classmethod
+    def from_ann(
+        cls: type[SelfSpikingDQN],
+        dqn: DQN,
+        env: GymEnv | str,
+        timesteps: int = 5,
+        *,
+        percentile: float = DEFAULT_PERCENTILE,
+        leak: float = DEFAULT_LEAK,
+        leak_reset: bool = False,
+        persistent: bool = True,
+        calibration_steps: int = 1000,
+        **kwargs: Any,
+    ) -> SelfSpikingDQN:
+        """Convert a trained SB3 DQN, calibrated on ``calibration_steps`` observations of its own play in ``env``.
+
+        ``kwargs`` are this class's own arguments; gamma and the network's options are the DQN's.
+
+        Raises:
+            ValueError: spaces of ``env`` that are not the DQN's, or a network that cannot be converted.
+        """
+        policy_kwargs = {
+            "net_arch": dqn.policy.net_arch,
+            "activation_fn": dqn.policy.activation_fn,
+            "features_extractor_class": dqn.policy.features_extractor_class,
+            "features_extractor_kwargs": dqn.policy.features_extractor_kwargs,
+            "normalize_images": dqn.policy.normalize_images,
+            "optimizer_class": dqn.policy.optimizer_class,
+            "optimizer_kwargs": dqn.policy.optimizer_kwargs,
+            "timesteps": timesteps,
+            "leak": leak,
+            "leak_reset": leak_reset,
+            "persistent": persistent,
+            **kwargs.pop("policy_kwargs", {}),
+        }
+        if calibration_steps < 1:
+            raise ValueError(f"calibration_steps must be >= 1, got {calibration_steps}")
+        kwargs.setdefault("gamma", dqn.gamma)
+        model = cls(SpikingDQNPolicy, env, policy_kwargs=policy_kwargs, **kwargs)
+        assert model.env is not None
+        for name in ("observation_space", "action_space"):
+            if getattr(model, name) != getattr(dqn, name):
+                raise ValueError(
+                    f"the environment's {name} is {getattr(model, name)}, but the ANN was trained on "
+                    f"{getattr(dqn, name)}; build the environment as it was for the ANN"
+                )
+        batches = (
+            preprocess_obs(
+                torch.as_tensor(obs, device=model.device), model.observation_space, normalize_images=dqn.policy.normalize_images
+            )
+            for obs in _play(dqn, model.env, calibration_steps)
+        )
+        network = to_spiking(
+            copy.deepcopy(q_network_ann(dqn.q_net)).to(model.device),
+            batches,  # type: ignore[arg-type]
+            percentile,
+            timesteps,
+            leak=leak,
+            leak_reset=leak_reset,
+        )
+        model.q_net.network.load_state_dict(network.state_dict())
+        model.q_net_target.load_state_dict(model.q_net.state_dict())
+        return model
+
+    def collect(self, actor: DQN, steps: int) -> None:
+        """Store ``steps`` environment steps of another agent's epsilon-greedy play in this agent's replay buffer.
+
+        A freshly converted network's own play is worthless as replay; a stage starts from its parent's instead.
+        """
+        assert self.env is not None and self.replay_buffer is not None
+        if steps < 1:
+            raise ValueError(f"steps must be >= 1, got {steps}")
+        self._last_obs = None  # start from fresh episodes, which are the actor's alone
+        _, callback = self._setup_learn(steps, reset_num_timesteps=False)
+        self._actor = actor
+        try:
+            self.collect_rollouts(
+                self.env,
+                callback,
+                TrainFreq(-(-steps // self.n_envs), TrainFrequencyUnit.STEP),
+                self.replay_buffer,
+            )
+        finally:
+            self._actor = None
+            self._last_obs = None  # and hand over at an episode start: the actor's membranes are not this agent's
+
+    def distill(self, gradient_steps: int) -> float:
+        """Regress on ``self.teacher``'s Q-values over replayed windows; returns the mean loss of the last tenth.
+
+        Ends with the target network equal to the online one. Raises ValueError where no teacher is set.
+        """
+        if self.teacher is None:
+            raise ValueError("no teacher is set: assign the parent agent to `.teacher` before `distill`")
+        if gradient_steps < 1:
+            raise ValueError(f"gradient_steps must be >= 1, got {gradient_steps}")
+        losses = [
+            self._update(lambda windows: self._distillation_loss(windows, self._unroll(self.q_net, windows)[0]), self.batch_size)
+            for _ in range(gradient_steps)
+        ]
+        self.q_net_target.load_state_dict(self.q_net.state_dict())
+        return float(np.mean(losses[-max(1, gradient_steps // 10) :]))
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "teacher", "_actor"]
+
+
+def distillation_loss(q_t: Tensor, teacher_t: Tensor, mask: Tensor, temperature: float) -> Tensor:
+    """How far Q-values (..., actions) are from a teacher's, over the entries of ``mask`` (...); a scalar >= 0.
+
+    Two terms, each free of the reward's scale: the Kullback-Leibler divergence between the softmaxes of the advantages
+    (policy distillation, Rusu et al. 2016), whose temperature is ``temperature`` standard deviations of the teacher's;
+    and a tenth of the squared error of the values in units of the teacher's variance. Q-values differ far more
+    between states than between actions, so a plain squared error learns the value and leaves the choice of action
+    to noise.
+    """
+    value, value_teacher = q_t.mean(-1, keepdim=True), teacher_t.mean(-1, keepdim=True)
+    advantage, advantage_teacher = q_t - value, teacher_t - value_teacher
+    scale = temperature * advantage_teacher.std(correction=0).clamp(min=1e-6)
+    divergence = F.kl_div(
+        F.log_softmax(advantage / scale, -1), F.log_softmax(advantage_teacher / scale, -1), reduction="none", log_target=True
+    ).sum(-1)
+    variance = value_teacher.var(correction=0).clamp(min=1e-6)
+    loss = divergence + 0.1 * ((value - value_teacher) ** 2).squeeze(-1) / variance
+    return (loss * mask).sum() / mask.sum().clamp(min=1)
+
+
+def n_step_returns(
+    windows: Windows, start: int, length: int, n_steps: int, gamma: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """n-step returns of the slots ``start .. start + length - 1``, each of shape (length, batch).
+
+    Returns the discounted rewards up to the end of the episode or n steps; the slot, counted from ``start``, to
+    bootstrap at; and the discount of that bootstrap, 0 where the episode terminated. A truncated episode bootstraps
+    at its terminal observation, which is a slot of its own.
+    """
+    rewards = torch.zeros_like(windows.rewards[start : start + length])
+    steps = torch.zeros_like(windows.actions[start : start + length])
+    going = torch.ones_like(windows.acted[start : start + length])
+    terminated = torch.zeros_like(going)
+    for j in range(n_steps):
+        here = slice(start + j, start + j + length)
+        going = going & windows.acted[here]
+        rewards = rewards + going * gamma**j * windows.rewards[here]
+        terminated = terminated | (going & windows.terminated[here])
+        steps = steps + going
+    slot = torch.arange(length, device=steps.device).unsqueeze(1) + steps
+    return rewards, slot, gamma**steps * ~terminated
+
+
+def _play(dqn: DQN, env: VecEnv, steps: int) -> Iterator[np.ndarray]:
+    """Observations (n_envs, ...) of a DQN's own epsilon-greedy play, ``steps`` in all, from fresh episodes."""
+    obs = env.reset()
+    for _ in range(-(-steps // env.num_envs)):
+        assert isinstance(obs, np.ndarray)
+        yield obs
+        actions, _ = dqn.predict(obs, deterministic=False)
+        obs, _, _, _ = env.step(actions)

@@ -1,0 +1,186 @@
+"""SB3 policies around a spiking Q-network."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.preprocessing import preprocess_obs
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor, NatureCNN
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
+from torch import Tensor, nn
+
+from snn_rl.convert import DEFAULT_LEAK, spiking_architecture
+from snn_rl.network import State
+
+NumpyState = tuple[np.ndarray, ...]  # what `predict` hands out and takes back: one (n_envs, ...) per LIF layer
+
+
+def q_network_ann(q_net: QNetwork) -> nn.Sequential:
+    """The layers of an SB3 Q-network as one module, from preprocessed observations to Q-values."""
+    return nn.Sequential(OrderedDict(features=q_net.features_extractor, q=q_net.q_net))
+
+
+class SpikingQNetwork(QNetwork):
+    """SB3's Q-network with its ReLUs turned into LIF layers: observations and state in, Q-values and state out.
+
+    Takes what `QNetwork` takes, and ``timesteps``, ``leak``, ``leak_reset`` as `to_spiking` does. With
+    ``persistent=False`` the membranes are cleared before every frame.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Discrete,
+        features_extractor: BaseFeaturesExtractor,
+        features_dim: int,
+        net_arch: list[int] | None = None,
+        activation_fn: type[nn.Module] = nn.ReLU,
+        normalize_images: bool = True,
+        timesteps: int = 5,
+        leak: float = DEFAULT_LEAK,
+        leak_reset: bool = False,
+        persistent: bool = True,
+    ) -> None:
+        super().__init__(
+            observation_space, action_space, features_extractor, features_dim, net_arch, activation_fn, normalize_images
+        )
+        self.network = spiking_architecture(q_network_ann(self), timesteps, leak=leak, leak_reset=leak_reset)
+        self.persistent = persistent
+        # Converted: keeping the ANN beside it would train and save dead weights.
+        self.features_extractor = None  # type: ignore[assignment]
+        del self.q_net
+
+    def forward(  # type: ignore[override]
+        self, obs: PyTorchObs, state: State | None = None, episode_start: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """One frame: ``obs`` (batch, ...), ``episode_start`` (batch,) -> Q-values (batch, actions), new state."""
+        assert isinstance(obs, Tensor)
+        q_values, state = self.unroll(obs[None], state, None if episode_start is None else episode_start[None])
+        return q_values[0], state
+
+    def unroll(
+        self, obs: Tensor, state: State | None = None, episode_start: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """Frames in sequence: ``obs`` (frames, batch, ...) -> Q-values (frames, batch, actions), last state."""
+        frames, batch = obs.shape[:2]
+        x = preprocess_obs(obs.flatten(0, 1), self.observation_space, normalize_images=self.normalize_images)
+        assert isinstance(x, Tensor)
+        if not self.persistent:
+            state, episode_start = None, torch.ones(frames, batch, device=x.device)
+        return self.network.unroll(x.unflatten(0, (frames, batch)), state, episode_start)
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = True) -> Tensor:
+        return self(observation)[0].argmax(dim=1)
+
+
+class SpikingDQNPolicy(DQNPolicy):
+    """`DQNPolicy` on a `SpikingQNetwork`; ``policy_kwargs`` gain ``timesteps, leak, leak_reset, persistent``.
+
+    Raises:
+        ValueError: a network that cannot be converted (activation, features extractor), timesteps or leak out of range.
+    """
+
+    q_net: SpikingQNetwork
+    q_net_target: SpikingQNetwork
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Discrete,
+        lr_schedule: Schedule,
+        net_arch: list[int] | None = None,
+        activation_fn: type[nn.Module] = nn.ReLU,
+        features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
+        features_extractor_kwargs: dict[str, Any] | None = None,
+        normalize_images: bool = True,
+        optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        timesteps: int = 5,
+        leak: float = DEFAULT_LEAK,
+        leak_reset: bool = False,
+        persistent: bool = True,
+    ) -> None:
+        self.spiking_kwargs = {
+            "timesteps": timesteps,
+            "leak": leak,
+            "leak_reset": leak_reset,
+            "persistent": persistent,
+        }
+        super().__init__(
+            observation_space,
+            action_space,
+            lr_schedule,
+            net_arch,
+            activation_fn,
+            features_extractor_class,
+            features_extractor_kwargs,
+            normalize_images,
+            optimizer_class,
+            optimizer_kwargs,
+        )
+
+    def make_q_net(self) -> SpikingQNetwork:
+        net_args = self._update_features_extractor(self.net_args, features_extractor=None)
+        return SpikingQNetwork(**net_args, **self.spiking_kwargs).to(self.device)  # type: ignore[arg-type]
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return {**super()._get_constructor_parameters(), **self.spiking_kwargs}
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: NumpyState | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, NumpyState]:
+        """Greedy actions of a batch of environments (or of one bare observation) and their membranes afterwards.
+
+        ``state`` is what the previous call returned (None at first); where ``episode_start`` is True, that
+        environment's membranes are cleared first. ``deterministic`` changes nothing here: exploration is the
+        algorithm's. Raises ValueError for a state of another batch size or network.
+        """
+        self.set_training_mode(False)
+        obs, vectorized = self.obs_to_tensor(observation)
+        assert isinstance(obs, Tensor)
+        batch = obs.shape[0]
+        carries = None if state is None else tuple(torch.as_tensor(c, device=self.device) for c in state)
+        if carries is not None and any(carry.shape[0] != batch for carry in carries):
+            raise ValueError(
+                f"state must hold {batch} environments, as the observation does, got {carries[0].shape[0]}; "
+                "start again from state=None"
+            )
+        starts = None
+        if episode_start is not None:
+            starts = torch.as_tensor(np.asarray(episode_start, dtype=np.float32).reshape(-1), device=self.device)
+            if len(starts) != batch:
+                raise ValueError(f"episode_start must hold {batch} flags, one per environment, got {len(starts)}")
+        with torch.no_grad():
+            q_values, new_state = self.q_net(obs, carries, starts)
+        actions = q_values.argmax(dim=1).cpu().numpy()
+        return actions if vectorized else actions[0], tuple(carry.cpu().numpy() for carry in new_state)
+
+
+MlpPolicy = SpikingDQNPolicy
+
+
+class CnnPolicy(SpikingDQNPolicy):
+    """`SpikingDQNPolicy` for images: ``NatureCNN`` unless ``features_extractor_class`` says otherwise."""
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Discrete,
+        lr_schedule: Schedule,
+        net_arch: list[int] | None = None,
+        activation_fn: type[nn.Module] = nn.ReLU,
+        features_extractor_class: type[BaseFeaturesExtractor] = NatureCNN,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            observation_space, action_space, lr_schedule, net_arch, activation_fn, features_extractor_class, **kwargs
+        )

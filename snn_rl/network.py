@@ -1,0 +1,170 @@
+"""A converted network run through time: layer by layer, state passed in and out."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from snn_rl.neuron import LIF
+
+State = tuple[Tensor, ...]  # one carry (batch, ...) per LIF layer, in the order of `SpikingNetwork.lif_layers`
+
+
+class Gain(nn.Module):
+    """Multiply by a constant: brings a branch without weights of its own to the scale of where it is added."""
+
+    def __init__(self, factor: float = 1.0) -> None:
+        super().__init__()
+        self.factor: Tensor
+        self.register_buffer("factor", torch.tensor(float(factor)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+class FrameDropout(nn.Module):
+    """Dropout with one mask for all micro-steps of a frame, as DIET-SNN trains."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x``: (frames, steps, batch, ...)."""
+        if not self.training or self.p == 0:
+            return x
+        return x * nn.functional.dropout(torch.ones_like(x[:, :1]), self.p)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+class SpikingNetwork(nn.Module):
+    """A feed-forward graph of synapses and LIF layers, made by `snn_rl.to_spiking`.
+
+    An observation drives the first synapse at each of the ``timesteps`` micro-steps of its frame (direct encoding),
+    and the output is the mean over these micro-steps of a last synapse that neither leaks nor spikes. Synapses are
+    stateless, so all micro-steps of all frames are folded into their batch; only LIF layers walk through time.
+    Whatever stands before the first LIF layer is the same at every micro-step and is computed once per frame;
+    whatever stands behind the last one is affine, commutes with the mean, and is computed once per frame too.
+
+    The state is a tuple of membrane carries that the caller keeps. The network itself holds none.
+    """
+
+    def __init__(self, graph: fx.GraphModule, timesteps: int) -> None:
+        super().__init__()
+        self.graph = graph
+        self.timesteps = timesteps
+        self._plan()
+
+    def _plan(self) -> None:
+        """Find the nodes that must be computed at every micro-step: those between two LIF layers."""
+        nodes = list(self.graph.graph.nodes)
+        self._lif_nodes = {n: str(n.target) for n in nodes if n.op == "call_module" and self._is_lif(n)}
+        after: set[fx.Node] = set()
+        for node in nodes:
+            if node in self._lif_nodes or any(parent in after for parent in node.all_input_nodes):
+                after.add(node)
+        before: set[fx.Node] = set()
+        for node in reversed(nodes):
+            if any(user in before or user in self._lif_nodes for user in node.users):
+                before.add(node)
+        self._every_step = set(self._lif_nodes) | (after & before)
+
+    def _is_lif(self, node: fx.Node) -> bool:
+        return isinstance(self.graph.get_submodule(str(node.target)), LIF)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SpikingNetwork:
+        # The plan is keyed by this graph's own nodes; a copied graph has new ones.
+        twin = SpikingNetwork(copy.deepcopy(self.graph, memo), self.timesteps)
+        return twin.train(self.training)
+
+    @property
+    def timesteps(self) -> int:
+        """T, the micro-steps per frame."""
+        return self._timesteps
+
+    @timesteps.setter
+    def timesteps(self, value: int) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"timesteps must be an integer >= 1, got {value!r}")
+        self._timesteps = value
+
+    @property
+    def lif_layers(self) -> dict[str, LIF]:
+        """The LIF layers by name, in the order in which the signal reaches them."""
+        return {name: self.graph.get_submodule(name) for name in self._lif_nodes.values()}  # type: ignore[misc]
+
+    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """One frame: ``x`` (batch, ...) -> output (batch, ...) and the state the next frame starts from.
+
+        ``state=None`` is silence. Raises ValueError where the state does not fit the network or the batch.
+        """
+        out, state = self.unroll(x.unsqueeze(0), state)
+        return out.squeeze(0), state
+
+    def unroll(
+        self, x: Tensor, state: State | None = None, episode_start: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """A sequence of frames: ``x`` (frames, batch, ...) -> outputs (frames, batch, ...) and the last state.
+
+        ``episode_start`` (frames, batch) is 1 or True where membranes are cleared before the frame.
+        """
+        frames, batch = x.shape[:2]
+        if frames < 1:
+            raise ValueError("a sequence must have at least one frame, got 0")
+        if state is not None and len(state) != len(self._lif_nodes):
+            raise ValueError(f"state must hold {len(self._lif_nodes)} carries, one per LIF layer, got {len(state)}")
+        keep = None if episode_start is None else 1 - episode_start.to(x.dtype)  # (frames, batch)
+        new_state: list[Tensor] = []
+        values: dict[fx.Node, Any] = {}
+        for node in self.graph.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = x.flatten(0, 1)  # (frames * batch, ...)
+                continue
+            every_step = node in self._every_step
+
+            def at_rate(source: fx.Node, every_step: bool = every_step) -> Any:
+                return self._at_rate(values[source], source in self._every_step, every_step, frames, batch)
+
+            if node in self._lif_nodes:
+                source = node.args[0]
+                steps = self.timesteps if source in self._every_step else 1
+                # (frames * steps * batch, ...) -> (frames, T, batch, ...), without a copy where it only repeats
+                current = values[source].unflatten(0, (frames, steps, batch))
+                current = current.expand(-1, self.timesteps, *current.shape[2:])
+                carry = None if state is None else state[len(new_state)]
+                spikes, carry = self.graph.get_submodule(str(node.target))(current.flatten(0, 1), carry, keep)
+                new_state.append(carry)
+                values[node] = spikes.flatten(0, 1)
+                continue
+            args = fx.node.map_arg(node.args, at_rate)
+            kwargs = fx.node.map_arg(node.kwargs, at_rate)
+            if node.op == "output":
+                return args[0].unflatten(0, (frames, batch)), tuple(new_state)
+            if node.op == "call_module":
+                module = self.graph.get_submodule(str(node.target))
+                if isinstance(module, FrameDropout):
+                    steps = self.timesteps if every_step else 1
+                    values[node] = module(args[0].unflatten(0, (frames, steps, batch))).flatten(0, 2)
+                else:
+                    values[node] = module(*args, **kwargs)
+            else:
+                values[node] = node.target(*args, **kwargs)  # functions alone: conversion rewrites methods
+        raise AssertionError("a traced graph ends in an output node")
+
+    def _at_rate(self, value: Any, has_steps: bool, wants_steps: bool, frames: int, batch: int) -> Any:
+        """Bring a folded value to the rate of its consumer: repeat it per micro-step, or average over them."""
+        if has_steps == wants_steps or not isinstance(value, Tensor):
+            return value
+        if wants_steps:  # (frames * batch, ...) -> (frames * steps * batch, ...)
+            value = value.unflatten(0, (frames, 1, batch))
+            return value.expand(-1, self.timesteps, *value.shape[2:]).flatten(0, 2)
+        return value.unflatten(0, (frames, self.timesteps, batch)).mean(1).flatten(0, 1)
+
+    def extra_repr(self) -> str:
+        return f"timesteps={self.timesteps}"
+

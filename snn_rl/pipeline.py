@@ -1,0 +1,488 @@
+"""ANN, conversion, temporal pruning: a fold of stages, each a function from a parent's checkpoint to its own.
+
+A stage writes into a folder of its own and ends by writing ``metrics.json``; where that stands, the stage is done.
+A killed run goes on from the same call: finished stages are skipped, and a started one resumes from its last
+checkpoint (model, replay and history, written every ``checkpoint_every`` environment steps).
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from stable_baselines3 import DQN
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.utils import LinearSchedule
+from stable_baselines3.common.vec_env import VecEnv
+
+from snn_rl.dqn import ConvExtractor, SequenceReplayBuffer, SpikingDQN, SpikingDQNPolicy
+from snn_rl.dqn.replay import frame_stack_of
+from snn_rl.evaluation import evaluate, spiking_network
+from snn_rl.files import atomic, read_json, write_json
+from snn_rl.policy_file import load_policy, save_policy
+from snn_rl.recipe import SEEDS_PER_RUN, TEST_SEEDS, VALIDATION_SEEDS, Recipe
+
+PROTOCOL = "greedy, one episode per seed, seeds unseen in training and selection"
+CURVE_POINTS = 400
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of a recipe: where, with which seed, on which device."""
+
+    recipe: Recipe
+    directory: Path
+    seed: int
+    device: str
+    progress_bar: bool = False
+
+    def env(self, num_envs: int, seeds_from: int) -> VecEnv:
+        return self.recipe.build_env(num_envs, seeds_from + self.seed * SEEDS_PER_RUN)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """``timesteps`` is None for the ANN."""
+
+    timesteps: int | None
+    parent: str | None  # a stage's name, or the file that stands for the ANN stage's parent
+
+    @property
+    def name(self) -> str:
+        return "ann" if self.timesteps is None else f"T{self.timesteps}"
+
+
+def run(
+    recipe: Recipe,
+    directory: Path,
+    seed: int = 0,
+    *,
+    device: str = "auto",
+    ann: Path | None = None,
+    progress_bar: bool = False,
+) -> dict[str, Any]:
+    """Train every stage of ``recipe`` that is not finished yet; returns what ``results.json`` holds.
+
+    ``ann`` is an SB3 DQN's zip that takes the ANN stage's place: it is evaluated, not trained.
+
+    Raises:
+        ValueError: a directory of another run, a device that is not there, an ``ann`` that does not fit.
+    """
+    if not 0 <= seed < 100_000:
+        raise ValueError(f"seed must lie in [0, 100000), got {seed}")
+    device = check_device(device)
+    _claim(directory, recipe, seed, ann)
+    this = Run(recipe, directory, seed, device, progress_bar)
+    stages = [Stage(None, None if ann is None else str(ann))]
+    for timesteps in recipe.schedule:
+        stages.append(Stage(timesteps, stages[-1].name))
+    for stage in stages:
+        if not (directory / stage.name / "metrics.json").is_file():
+            _train_stage(this, stage)
+        results = collect_results(this, stages)
+        write_json(directory / "results.json", results)
+    return results
+
+
+def check_device(device: str) -> str:
+    """``device`` itself. Raises ValueError where torch does not know it or this machine does not have it."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {device!r}; use auto, cpu or cuda") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r} was asked for, but torch sees no CUDA device here; use --device cpu")
+    return device
+
+
+def _claim(directory: Path, recipe: Recipe, seed: int, ann: Path | None) -> None:
+    """Bind the directory to this run, or find that it is."""
+    if ann is not None and not ann.is_file():
+        raise ValueError(f"no file at {ann}; --ann takes the zip of an SB3 DQN")
+    config = {"recipe": recipe.as_dict(), "seed": seed, "ann": None if ann is None else str(ann)}
+    path = directory / "run.json"
+    if not path.is_file():
+        write_json(path, config)
+        return
+    before = _flat(read_json(path))
+    # through the writer's own conversion, in which tuples are lists
+    now = _flat(_jsonable(config))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            raise ValueError(
+                f"{directory} belongs to another run: its {key} is {before.get(key)!r}, not {now.get(key)!r}; "
+                "use another --run-dir"
+            )
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _jsonable(v) for key, v in value.items()}
+    return [_jsonable(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    out: dict[str, Any] = {}
+    for key, inner in value.items():
+        out |= _flat(inner, f"{prefix}.{key}" if prefix else key)
+    return out
+
+
+# --- one stage ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class History:
+    """What a stage has seen, kept beside its checkpoint."""
+
+    curve: dict[str, list[float]] = field(default_factory=lambda: {"env_steps": [], "returns": []})
+    validation: list[list[float]] = field(default_factory=list)  # [environment steps, mean return]
+    wall_seconds: float = 0.0
+    extra_steps: int = 0  # environment steps of the parent's play
+    extra_updates: int = 0
+
+
+def _train_stage(this: Run, stage: Stage) -> None:
+    """Train or resume a stage, choose its checkpoint on validation seeds, evaluate it, write its files."""
+    folder = this.directory / stage.name
+    folder.mkdir(parents=True, exist_ok=True)
+    if stage.timesteps is None and stage.parent is not None:
+        model, history = _load_ann(this, Path(stage.parent)), History()
+        history.extra_updates = model._n_updates
+    else:
+        model, history = _resume(this, stage) or _begin(this, stage)
+        budget = this.recipe.ann.env_steps if stage.timesteps is None else this.recipe.snn_steps
+        callback = StageCallback(this, stage, history)
+        if model.num_timesteps < budget and not callback.reached_target:
+            callbacks: list[BaseCallback] = [callback]
+            if this.progress_bar:
+                callbacks.append(ProgressBarCallback())
+            model.set_logger(configure(str(folder), ["tensorboard"]))
+            model.learn(
+                budget - model.num_timesteps,
+                callback=CallbackList(callbacks),
+                reset_num_timesteps=model.num_timesteps == 0,
+                log_interval=10,
+            )
+            callback.finish()
+        history.extra_steps += model.num_timesteps
+        history.extra_updates += model._n_updates
+        if (folder / "best.zip").is_file():
+            model = _load(this, stage, folder / "best.zip", env=None)
+    _export(this, stage, model, history)
+
+
+def _begin(this: Run, stage: Stage) -> tuple[DQN, History]:
+    """A stage's algorithm before its first step of learning on its own play."""
+    for leftover in ("best.zip", "checkpoint.zip"):
+        (this.directory / stage.name / leftover).unlink(missing_ok=True)
+    env = this.env(this.recipe.num_envs, 0)
+    if stage.timesteps is None:
+        return _new_ann(this, env), History()
+    started = time.monotonic()
+    config = this.recipe.snn
+    ann = _load(this, Stage(None, None), this.directory / "ann" / "model.zip", env=None)
+    kwargs: dict[str, Any] = {
+        "learning_rate": LinearSchedule(config.learning_rate, config.learning_rate / 20, 1.0),
+        "buffer_size": config.buffer_size,
+        "learning_starts": 0,
+        "batch_size": config.batch_size,
+        "train_freq": config.train_every // this.recipe.num_envs,
+        "gradient_steps": config.gradient_steps,
+        "n_steps": config.n_steps,
+        "gamma": this.recipe.ann.gamma,
+        "target_update_interval": config.target_update_every,
+        "exploration_initial_eps": config.exploration_eps,
+        "exploration_final_eps": config.exploration_eps,
+        "max_grad_norm": config.max_grad_norm,
+        "sequence_length": config.sequence_length,
+        "burn_in": config.burn_in,
+        "td_weight": config.td_weight,
+        "distillation_weight": config.distillation_weight,
+        "distillation_temperature": config.distillation_temperature,
+        "seed": this.seed,
+        "device": this.device,
+    }
+    if stage.parent == "ann":
+        parent: DQN = ann
+        model = SpikingDQN.from_ann(
+            ann,
+            env,
+            stage.timesteps,
+            percentile=config.percentile,
+            leak=config.leak,
+            leak_reset=config.leak_reset,
+            persistent=config.persistent,
+            policy_kwargs={"optimizer_kwargs": {"eps": config.adam_eps}},
+            **kwargs,
+        )
+    else:
+        assert stage.parent is not None
+        parent = _load(this, Stage(stage.timesteps, None), this.directory / stage.parent / "model.zip", env=None)
+        policy_kwargs = {**parent.policy_kwargs, "timesteps": stage.timesteps}
+        model = SpikingDQN(SpikingDQNPolicy, env, policy_kwargs=policy_kwargs, **kwargs)
+        model.policy.load_state_dict(parent.policy.state_dict(), strict=True)
+    model.teacher = ann
+    parent.exploration_rate = config.exploration_eps
+    model.set_logger(configure(str(this.directory / stage.name), []))
+    model.collect(parent, config.parent_steps)
+    if config.distillation_updates:
+        model.distill(config.distillation_updates)
+    history = History(extra_steps=model.num_timesteps)
+    model.num_timesteps = 0
+    history.wall_seconds = time.monotonic() - started
+    return model, history
+
+
+def _new_ann(this: Run, env: VecEnv) -> DQN:
+    config, network = this.recipe.ann, this.recipe.network
+    policy_kwargs: dict[str, Any] = {
+        "net_arch": list(network.net_arch),
+        "optimizer_kwargs": {"eps": config.adam_eps},
+    }
+    if network.convolutions:
+        policy_kwargs["features_extractor_class"] = ConvExtractor
+        policy_kwargs["features_extractor_kwargs"] = {
+            "features_dim": network.features_dim,
+            "convolutions": network.convolutions,
+        }
+    return DQN(
+        "CnnPolicy" if network.convolutions else "MlpPolicy",
+        env,
+        learning_rate=config.learning_rate,
+        buffer_size=config.buffer_size,
+        learning_starts=config.learning_starts,
+        batch_size=config.batch_size,
+        gamma=config.gamma,
+        train_freq=config.train_every // this.recipe.num_envs,
+        gradient_steps=config.gradient_steps,
+        # SB3's own algorithm on a memory that keeps each frame once
+        replay_buffer_class=SequenceReplayBuffer,
+        replay_buffer_kwargs={"frame_stack": frame_stack_of(env), "n_steps": config.n_steps, "gamma": config.gamma},
+        target_update_interval=config.target_update_every,
+        exploration_fraction=min(1.0, config.exploration_steps / config.env_steps),
+        exploration_final_eps=config.exploration_eps,
+        max_grad_norm=config.max_grad_norm,
+        policy_kwargs=policy_kwargs,
+        seed=this.seed,
+        device=this.device,
+    )
+
+
+def _load(this: Run, stage: Stage, path: Path, env: VecEnv | None) -> DQN:
+    algorithm = DQN if stage.timesteps is None else SpikingDQN
+    try:
+        return algorithm.load(path, env=env, device=this.device)
+    except (OSError, ValueError, KeyError, RuntimeError, EOFError, AssertionError) as error:
+        raise ValueError(f"{path} is not a readable {algorithm.__name__} ({_one_line(error)}); remove it") from error
+
+
+def _load_ann(this: Run, path: Path) -> DQN:
+    try:
+        model = DQN.load(path, device=this.device)
+    except Exception as error:  # unpickling a foreign file may raise anything
+        raise ValueError(f"{path} is not a readable SB3 DQN: {_one_line(error)}") from error
+    env = this.env(1, 0)
+    for name in ("observation_space", "action_space"):
+        ours, theirs = getattr(model, name), getattr(env, name)
+        if ours != theirs:
+            raise ValueError(f"{path} was trained with {name} {ours}, but {this.recipe.name} has {theirs}")
+    env.close()
+    return model
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+# --- during a stage -----------------------------------------------------------------------------------------------
+
+
+class StageCallback(BaseCallback):
+    """Validation, early stop, checkpoints and the reward curve of one stage."""
+
+    def __init__(self, this: Run, stage: Stage, history: History) -> None:
+        super().__init__()
+        self.this, self.stage, self.history = this, stage, history
+        self.folder = this.directory / stage.name
+        self.started = time.monotonic() - history.wall_seconds
+        self.env: VecEnv | None = None
+
+    @property
+    def reached_target(self) -> bool:
+        target = self.this.recipe.target_return
+        return target is not None and any(mean >= target for _, mean in self.history.validation)
+
+    def _on_training_start(self) -> None:
+        recipe = self.this.recipe
+        self.next_validation = self._next(recipe.validate_every)
+        self.next_checkpoint = self._next(recipe.checkpoint_every)
+        budget = recipe.ann.env_steps if self.stage.timesteps is None else recipe.snn_steps
+        self.curve_every = max(1, budget // CURVE_POINTS)
+        self.next_point = self._next(self.curve_every)
+
+    def _next(self, every: int) -> int:
+        return (self.num_timesteps // every + 1) * every
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps >= self.next_point and self.model.ep_info_buffer:
+            self.next_point = self._next(self.curve_every)
+            self.history.curve["env_steps"].append(self.num_timesteps)
+            self.history.curve["returns"].append(float(np.mean([info["r"] for info in self.model.ep_info_buffer])))
+        if self.num_timesteps >= self.next_validation:
+            self.next_validation = self._next(self.this.recipe.validate_every)
+            self._validate()
+            if self.reached_target:
+                return False
+        return True
+
+    def _on_rollout_start(self) -> None:
+        # Between a rollout and the next, where the replay holds every step that was taken.
+        if self.num_timesteps >= self.next_checkpoint:
+            self.next_checkpoint = self._next(self.this.recipe.checkpoint_every)
+            self._checkpoint()
+
+    def finish(self) -> None:
+        """At the end of the budget: a last validation, unless one was just made."""
+        if not self.history.validation or self.history.validation[-1][0] != self.num_timesteps:
+            self._validate()
+        self.history.wall_seconds = time.monotonic() - self.started
+        if self.env is not None:
+            self.env.close()
+
+    def _validate(self) -> None:
+        recipe = self.this.recipe
+        if self.env is None:
+            self.env = self.this.env(recipe.validation_episodes, VALIDATION_SEEDS)
+        self.env.seed(VALIDATION_SEEDS + self.this.seed * SEEDS_PER_RUN)  # the same episodes at every validation
+        mean = evaluate(self.model, self.env, recipe.validation_episodes).mean  # type: ignore[arg-type]
+        best = max((m for _, m in self.history.validation), default=-np.inf)
+        self.history.validation.append([self.num_timesteps, mean])
+        self.logger.record("validation/mean_reward", mean)
+        self.logger.dump(self.num_timesteps)
+        if mean >= best:
+            with atomic(self.folder / "best.zip") as temporary:
+                self.model.save(temporary)
+
+    def _checkpoint(self) -> None:
+        """Replay and history first, model last: a checkpoint counts where its model stands."""
+        self.history.wall_seconds = time.monotonic() - self.started
+        with atomic(self.folder / "checkpoint.replay.pkl") as temporary:
+            self.model.save_replay_buffer(temporary)  # type: ignore[attr-defined]
+        write_json(self.folder / "checkpoint.json", vars(self.history))
+        with atomic(self.folder / "checkpoint.zip") as temporary:
+            self.model.save(temporary)
+
+
+def _resume(this: Run, stage: Stage) -> tuple[DQN, History] | None:
+    """A stage's last checkpoint, or None where it has none."""
+    folder = this.directory / stage.name
+    if not (folder / "checkpoint.zip").is_file():
+        return None
+    model = _load(this, stage, folder / "checkpoint.zip", env=this.env(this.recipe.num_envs, 0))
+    model.load_replay_buffer(folder / "checkpoint.replay.pkl")
+    history = History(**read_json(folder / "checkpoint.json"))
+    if isinstance(model, SpikingDQN):
+        model.teacher = _load(this, Stage(None, None), this.directory / "ann" / "model.zip", env=None)
+    # The history may be one checkpoint ahead of the model, where a kill fell between the two.
+    steps = model.num_timesteps
+    kept = [n for n, at in enumerate(history.curve["env_steps"]) if at <= steps]
+    history.curve = {key: [values[n] for n in kept] for key, values in history.curve.items()}
+    history.validation = [[at, mean] for at, mean in history.validation if at <= steps]
+    return model, history
+
+
+# --- after a stage ------------------------------------------------------------------------------------------------
+
+
+def _export(this: Run, stage: Stage, model: DQN, history: History) -> None:
+    """Evaluate on the test seeds and write the stage's files, ``metrics.json`` last."""
+    folder = this.directory / stage.name
+    recipe = this.recipe
+    with atomic(folder / "model.zip") as temporary:
+        model.save(temporary)
+    provenance = {
+        "recipe": recipe.name,
+        "env_id": recipe.env_id,
+        "env_kwargs": recipe.env_kwargs,
+        "seed": this.seed,
+        "stage": stage.name,
+    }
+    save_policy(model, folder / "policy.safetensors", provenance)
+    env = this.env(recipe.eval_episodes, TEST_SEEDS)
+    # What is shared is what is measured: the policy as it comes back from its file.
+    evaluation = evaluate(load_policy(folder / "policy.safetensors", this.device), env, recipe.eval_episodes)
+    env.close()
+    network = spiking_network(model)
+    lifs = {} if network is None else network.lif_layers
+    measured = evaluation.activity
+    write_json(
+        folder / "metrics.json",
+        {
+            "stage": stage.name,
+            "timesteps": stage.timesteps,
+            "parent": stage.parent,
+            "env_steps": history.extra_steps,
+            "updates": history.extra_updates,
+            "wall_seconds": round(history.wall_seconds, 1),
+            "eval": evaluation.as_dict(PROTOCOL),
+            "validation": history.validation,
+            "curve": history.curve,
+            "spike_rate": None if measured is None else {"mean": measured.mean, "layers": measured.layers},
+            "energy": None
+            if measured is None
+            else {
+                "ann_over_snn": measured.ann_over_snn,
+                "ann_ops": measured.ann_ops,
+                "snn_ops": measured.snn_ops,
+                "memory_accesses": vars(measured.memory_accesses),
+            },
+            "threshold": {name: lif.threshold.item() for name, lif in lifs.items()},
+            "leak": {name: lif.leak.item() for name, lif in lifs.items()},
+        },
+    )
+    for leftover in ("best.zip", "checkpoint.zip", "checkpoint.json", "checkpoint.replay.pkl"):
+        (folder / leftover).unlink(missing_ok=True)
+
+
+def collect_results(this: Run, stages: list[Stage]) -> dict[str, Any]:
+    """What ``results.json`` holds: the metrics of all finished stages and where they were measured."""
+    finished = (this.directory / stage.name / "metrics.json" for stage in stages)
+    return {
+        "recipe": this.recipe.name,
+        "env_id": this.recipe.env_id,
+        "seed": this.seed,
+        "versions": versions(),
+        "hardware": hardware(this.device),
+        "stages": [read_json(path) for path in finished if path.is_file()],
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a result depends on."""
+    packages = ("torch", "stable-baselines3", "gymnasium", "ale-py", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def hardware(device: str) -> str:
+    """The processor, or the GPU, in words."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    if sys.platform == "linux":
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"

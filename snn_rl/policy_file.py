@@ -1,0 +1,179 @@
+"""`policy.safetensors`: a policy to share and run. Weights, and as JSON all that is needed to rebuild the network.
+
+Loading runs no code from the file: names in it select from the classes listed here, and nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from stable_baselines3 import DQN
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor, NatureCNN
+from stable_baselines3.dqn.policies import DQNPolicy
+from torch import nn
+
+from snn_rl.dqn.features import ConvExtractor
+from snn_rl.dqn.policy import NumpyState, SpikingDQNPolicy
+from snn_rl.files import atomic
+from snn_rl.network import SpikingNetwork
+
+FORMAT = "snn_rl-policy-1"
+EXTRACTORS: dict[str, type[BaseFeaturesExtractor]] = {
+    "FlattenExtractor": FlattenExtractor,
+    "NatureCNN": NatureCNN,
+    "ConvExtractor": ConvExtractor,
+}
+
+
+@dataclass(frozen=True)
+class LoadedPolicy:
+    """A greedy policy from a file; `predict` is SB3's, so ``evaluate_policy`` takes it.
+
+    ``timesteps`` is None for an ANN, whose state is always None. ``metadata["provenance"]`` says where it comes from.
+    """
+
+    policy: DQNPolicy
+    metadata: dict[str, Any]
+
+    @property
+    def timesteps(self) -> int | None:
+        return self.network.timesteps if isinstance(self.network, SpikingNetwork) else None
+
+    @property
+    def network(self) -> nn.Module:
+        """The `SpikingNetwork`, or the ANN's Q-network."""
+        q_net = self.policy.q_net
+        return q_net.network if isinstance(self.policy, SpikingDQNPolicy) else q_net  # type: ignore[return-value]
+
+    @property
+    def observation_space(self) -> spaces.Space:
+        return self.policy.observation_space
+
+    @property
+    def action_space(self) -> spaces.Space:
+        return self.policy.action_space
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: NumpyState | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = True,
+    ) -> tuple[np.ndarray, NumpyState | None]:
+        """Greedy actions and the membranes afterwards; see `SpikingDQNPolicy.predict`."""
+        return self.policy.predict(observation, state, episode_start, deterministic)
+
+
+def save_policy(model: DQN, path: Path, provenance: dict[str, Any]) -> None:
+    """Write the online network of an SB3 DQN or a `SpikingDQN` to ``path``, atomically.
+
+    Raises:
+        ValueError: a features extractor or a space that the format does not know.
+    """
+    policy = model.policy
+    extractor = policy.features_extractor_class.__name__
+    if EXTRACTORS.get(extractor) is not policy.features_extractor_class:
+        raise ValueError(
+            f"features extractor {extractor!r} cannot be stored in a policy file, which knows {sorted(EXTRACTORS)}; "
+            "keep model.zip"
+        )
+    metadata = {
+        "observation_space": _space_to_json(policy.observation_space),
+        "action_space": _space_to_json(policy.action_space),
+        "net_arch": list(policy.net_arch),
+        "features_extractor": extractor,
+        "features_extractor_kwargs": policy.features_extractor_kwargs,
+        "normalize_images": policy.normalize_images,
+        "spiking": policy.spiking_kwargs if isinstance(policy, SpikingDQNPolicy) else None,
+        "provenance": provenance,
+    }
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in policy.q_net.state_dict().items()}
+    with atomic(path) as temporary:
+        save_file(weights, temporary, metadata={"format": FORMAT, "policy": json.dumps(metadata)})
+
+
+def load_policy(path: str | Path, device: str = "cpu") -> LoadedPolicy:
+    """Load a policy file; runs no code from it.
+
+    Raises:
+        ValueError: a missing, truncated or foreign file, or weights that do not fit its description.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no policy file at {path}; a training writes STAGE/policy.safetensors")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            header = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file ({error}); copy it again") from error
+    if header.get("format") != FORMAT:
+        raise ValueError(f"{path} is a safetensors file, but not a policy of this package (format {FORMAT!r} is missing)")
+    try:
+        metadata = json.loads(header["policy"])
+        policy = _build(metadata)
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} describes no policy that can be built: {type(error).__name__}: {error}") from error
+    try:
+        policy.q_net.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: its weights do not fit its description: {reason}") from error
+    policy.set_training_mode(False)
+    return LoadedPolicy(policy.to(device), metadata)
+
+
+def _build(metadata: dict[str, Any]) -> DQNPolicy:
+    extractor = metadata["features_extractor"]
+    if extractor not in EXTRACTORS:
+        raise ValueError(f"unknown features extractor {extractor!r}, known are {sorted(EXTRACTORS)}")
+    kwargs = dict(metadata["features_extractor_kwargs"])
+    if "convolutions" in kwargs:
+        kwargs["convolutions"] = tuple(map(tuple, kwargs["convolutions"]))
+    common: dict[str, Any] = {
+        "net_arch": list(metadata["net_arch"]),
+        "features_extractor_class": EXTRACTORS[extractor],
+        "features_extractor_kwargs": kwargs,
+        "normalize_images": bool(metadata["normalize_images"]),
+    }
+    observation_space = _space_from_json(metadata["observation_space"])
+    action_space = _space_from_json(metadata["action_space"])
+    if not isinstance(action_space, spaces.Discrete):
+        raise ValueError(f"the action space must be Discrete, got {action_space}")
+    if metadata["spiking"] is None:
+        return DQNPolicy(observation_space, action_space, _no_schedule, **common)
+    return SpikingDQNPolicy(observation_space, action_space, _no_schedule, **common, **metadata["spiking"])
+
+
+def _no_schedule(_: float) -> float:
+    return 0.0  # a loaded policy is run, not trained
+
+
+def _space_to_json(space: spaces.Space) -> dict[str, Any]:
+    if isinstance(space, spaces.Discrete):
+        return {"type": "Discrete", "n": int(space.n)}
+    if isinstance(space, spaces.Box):
+        low, high = (
+            float(bound.flat[0]) if (bound == bound.flat[0]).all() else bound.tolist()
+            for bound in (space.low, space.high)
+        )
+        return {"type": "Box", "low": low, "high": high, "shape": list(space.shape), "dtype": str(space.dtype)}
+    raise ValueError(f"a policy file knows Box and Discrete spaces, not {space}; keep model.zip")
+
+
+def _space_from_json(value: dict[str, Any]) -> spaces.Space:
+    if value["type"] == "Discrete":
+        return spaces.Discrete(int(value["n"]))
+    if value["type"] == "Box":
+        shape, dtype = tuple(map(int, value["shape"])), np.dtype(value["dtype"])
+        low, high = (np.broadcast_to(np.asarray(value[key], dtype=dtype), shape) for key in ("low", "high"))
+        return spaces.Box(low, high, shape, dtype=dtype.type)
+    raise ValueError(f"unknown space {value['type']!r}")
+

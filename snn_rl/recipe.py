@@ -1,0 +1,160 @@
+"""Recipes: all that an agent's training depends on, as frozen dataclasses. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stable_baselines3.common.vec_env import VecEnv
+
+# Disjoint ranges, a thousand environments apart for each run: what is reported was never trained or selected on.
+VALIDATION_SEEDS = 500_000_000
+TEST_SEEDS = 1_000_000_000
+SEEDS_PER_RUN = 1_000
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """The Q-network: convolutions ``(channels, kernel, stride)`` with a linear layer behind, or none; then ``net_arch``."""
+
+    convolutions: tuple[tuple[int, int, int], ...] = ()
+    features_dim: int = 512
+    net_arch: tuple[int, ...] = (64, 64)
+
+
+@dataclass(frozen=True)
+class AnnConfig:
+    """The ANN stage: arguments of SB3's DQN, durations in environment steps."""
+
+    env_steps: int = 50_000
+    learning_rate: float = 1e-4
+    buffer_size: int = 100_000
+    learning_starts: int = 1_000
+    batch_size: int = 32
+    train_every: int = 4  # environment steps between trainings
+    gradient_steps: int = 1  # per training
+    n_steps: int = 1
+    gamma: float = 0.99
+    target_update_every: int = 1_000
+    exploration_steps: int = 10_000
+    exploration_eps: float = 0.05  # final
+    adam_eps: float = 1e-8
+    max_grad_norm: float = 10.0
+
+
+@dataclass(frozen=True)
+class SnnConfig:
+    """A spiking stage: conversion or pruning, distillation on the parent's play, then learning on its own play."""
+
+    percentile: float = 99.0
+    leak: float = 0.9
+    leak_reset: bool = False
+    persistent: bool = True
+    parent_steps: int = 10_000  # of the parent's play that fill the replay first
+    distillation_updates: int = 300  # on it, before the stage plays itself
+    env_steps: int = 20_000  # of its own play, at most
+    learning_rate: float = 1e-3  # falls linearly to a twentieth
+    buffer_size: int = 50_000
+    batch_size: int = 16  # windows
+    sequence_length: int = 16
+    burn_in: int = 4
+    train_every: int = 8  # environment steps between trainings
+    gradient_steps: int = 4
+    n_steps: int = 3
+    target_update_every: int = 500
+    exploration_eps: float = 0.04
+    td_weight: float = 0.0
+    distillation_weight: float = 1.0
+    distillation_temperature: float = 0.3
+    adam_eps: float = 1e-8
+    max_grad_norm: float = 10.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One agent: environment, network, hyperparameters, stages.
+
+    ``schedule`` lists the micro-steps per frame of the spiking stages, decreasing: 5-4-3-2-1, 5-3-1, or 1 alone,
+    straight from the ANN. ``total_snn_steps`` is a budget of environment steps for all of them together, divided
+    equally (the paper's cheap variant); None gives each stage ``snn.env_steps``. A stage stops early where its return
+    on validation seeds reaches ``target_return``.
+
+    Raises:
+        ValueError: a schedule that does not decrease, or a number out of range.
+    """
+
+    name: str
+    env_id: str
+    make_env: Callable[..., Any] = field(repr=False)  # returns a VecEnv; SB3's own type would import torch
+    env_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
+    num_envs: int = 8
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    ann: AnnConfig = field(default_factory=AnnConfig)
+    snn: SnnConfig = field(default_factory=SnnConfig)
+    schedule: tuple[int, ...] = (5, 4, 3, 2, 1)
+    total_snn_steps: int | None = None
+    target_return: float | None = None
+    validate_every: int = 5_000  # environment steps
+    validation_episodes: int = 20
+    eval_episodes: int = 20
+    checkpoint_every: int = 50_000  # environment steps
+
+    def __post_init__(self) -> None:
+        steps = self.schedule
+        if not steps or any(t < 1 for t in steps) or any(b >= a for a, b in zip(steps, steps[1:], strict=False)):
+            raise ValueError(f"schedule must be decreasing timesteps >= 1, such as 5 4 3 2 1, got {steps}")
+        for config, prefix in ((self, ""), (self.ann, "ann."), (self.snn, "snn.")):
+            for name in (f.name for f in dataclasses.fields(config)):  # type: ignore[arg-type]
+                value = getattr(config, name)
+                least = 0 if name in MAY_BE_ZERO else 1
+                if isinstance(value, int) and not isinstance(value, bool) and value < least:
+                    raise ValueError(f"{prefix}{name} must be >= {least}, got {value}")
+                if isinstance(value, float) and name != "target_return" and not value >= 0:
+                    raise ValueError(f"{prefix}{name} must be >= 0, got {value}")
+                if isinstance(value, float) and name in FRACTIONS and value > 1:
+                    raise ValueError(f"{prefix}{name} must lie in [0, 1], got {value}")
+        if not 0 < self.snn.percentile <= 100:
+            raise ValueError(f"snn.percentile must lie in (0, 100], got {self.snn.percentile}")
+        if max(self.num_envs, self.validation_episodes, self.eval_episodes) > SEEDS_PER_RUN:
+            raise ValueError(f"num_envs and the numbers of episodes must be <= {SEEDS_PER_RUN}")
+        for config in (self.ann, self.snn):
+            if config.train_every % self.num_envs:
+                raise ValueError(
+                    f"train_every must be a multiple of num_envs ({self.num_envs}), got {config.train_every}: "
+                    "all environments step together"
+                )
+
+    def build_env(self, num_envs: int, seed: int, **overrides: Any) -> VecEnv:
+        """A monitored ``VecEnv`` of the recipe's environment; ``overrides`` go before ``env_kwargs``."""
+        return self.make_env(num_envs, seed=seed, **{**self.env_kwargs, **overrides})
+
+    @property
+    def snn_steps(self) -> int:
+        """Environment steps of one spiking stage, at most."""
+        return self.snn.env_steps if self.total_snn_steps is None else self.total_snn_steps // len(self.schedule)
+
+    def smoke(self) -> Recipe:
+        """The same stages with budgets of seconds: every line runs, nothing is learnt."""
+        replace = dataclasses.replace
+        ann = replace(self.ann, env_steps=1_024, learning_starts=256, buffer_size=2_000, exploration_steps=256)
+        snn = replace(self.snn, parent_steps=256, distillation_updates=4, env_steps=256, buffer_size=2_000)
+        return replace(
+            self, ann=ann, snn=snn, total_snn_steps=None, validate_every=100_000, eval_episodes=2, checkpoint_every=512
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every field that JSON can hold: all but the function that builds the environment."""
+        config = dataclasses.asdict(dataclasses.replace(self, make_env=_no_env))
+        del config["make_env"]
+        return config
+
+
+FRACTIONS = {"leak", "gamma", "exploration_eps"}
+MAY_BE_ZERO = {"learning_starts", "burn_in", "distillation_updates"}
+
+
+def _no_env(*_: Any, **__: Any) -> VecEnv:
+    raise ValueError("this recipe is a description and builds no environment")
