@@ -29,7 +29,7 @@ CARTPOLE = Recipe(
     validate_every=2_000,
 )
 
-# Velocity is to be had from the membranes alone, so the ANN can teach nothing: the stages learn by TD on their own play.
+# Velocity is to be had from the membranes alone: the ANN can teach little, so the stages learn by TD on their own play.
 CARTPOLE_NO_VELOCITY = dataclasses.replace(
     CARTPOLE,
     name="cartpole-no-velocity",

@@ -1,0 +1,13 @@
+"""Spiking reinforcement-learning agents: train an ANN-DQN, convert it, prune its timesteps."""
+
+from snn_rl.activity import Activity as Activity
+from snn_rl.activity import activity as activity
+from snn_rl.activity import count_spikes as count_spikes
+from snn_rl.convert import to_spiking as to_spiking
+from snn_rl.dqn import SpikingDQN as SpikingDQN
+from snn_rl.network import SpikingNetwork as SpikingNetwork
+from snn_rl.neuron import LIF as LIF
+from snn_rl.policy_file import LoadedPolicy as LoadedPolicy
+from snn_rl.policy_file import load_policy as load_policy
+from snn_rl.policy_file import save_policy as save_policy
+from snn_rl.recipe import Recipe as Recipe

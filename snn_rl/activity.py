@@ -166,7 +166,7 @@ def _synapses(
                 return x
             # a sum carries the spikes of both branches; where one is analogue, so is the sum
             rate[n] = None if not incoming or None in incoming else sum(r for r in incoming if r is not None)
-            out = super().run_node(n) if n.op != "output" else None
+            out: Any = super().run_node(n) if n.op != "output" else None
             if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
                 fan_in = module.weight[0].numel()
                 synapses.append(_Synapse(fan_in * math.prod(out.shape[1:]), module.weight.numel(), rate[n]))

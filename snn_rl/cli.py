@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import tyro
+from stable_baselines3.common.vec_env import VecEnv
 
 from snn_rl.pipeline import run
+from snn_rl.policy_file import LoadedPolicy
 from snn_rl.recipe import Recipe
 
 
@@ -66,6 +68,24 @@ def train(argv: Sequence[str] | None, recipes: Mapping[str, Recipe], default: st
         print_results(results)
 
     return exit_status(command)
+
+
+def environment_of(
+    policy: LoadedPolicy, recipes: Mapping[str, Recipe], num_envs: int, seed: int, **overrides: Any
+) -> VecEnv:
+    """The environment that a policy was trained in, from its file's provenance.
+
+    Raises:
+        ValueError: a recipe that is not among ``recipes``, or an override that its environment does not take.
+    """
+    provenance = policy.metadata["provenance"]
+    name = provenance.get("recipe")
+    if name not in recipes:
+        raise ValueError(f"the policy file was made by the recipe {name!r}; there are {', '.join(recipes)}")
+    try:
+        return recipes[name].build_env(num_envs, seed, **{**provenance["env_kwargs"], **overrides})
+    except TypeError as error:
+        raise ValueError(f"the environment of {name} does not take {sorted(overrides)}: {error}") from error
 
 
 def print_results(results: Mapping[str, Any]) -> None:

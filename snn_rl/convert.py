@@ -9,7 +9,6 @@ its threshold as well, so that every threshold starts at 1: the same spikes, bet
 from __future__ import annotations
 
 import copy
-import math
 import operator
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -183,7 +182,7 @@ def _normalise(graph: fx.GraphModule, node: fx.Node, seen: dict[str, str]) -> No
     if node.op in ("placeholder", "output") or _is_batch_size(node):
         if node.op == "output" and not isinstance(node.args[0], fx.Node):
             raise ValueError("the network must return one tensor, not a tuple or dict; convert the part that does")
-        return
+        return None
     source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
     if source is None:
         raise _refusal(graph, node)
@@ -193,11 +192,12 @@ def _normalise(graph: fx.GraphModule, node: fx.Node, seen: dict[str, str]) -> No
         if isinstance(module, SYNAPSES):
             if seen.setdefault(str(node.target), node.name) != node.name:
                 raise ValueError(
-                    f"cannot convert node {node.name!r}: layer {node.target!r} is used twice; give each use its own layer"
+                    f"cannot convert node {node.name!r}: layer {node.target!r} is used twice; "
+                    "give each use its own layer"
                 )
-            return
+            return None
         if isinstance(module, POOLINGS) or (isinstance(module, nn.Flatten) and _keeps_batch(module.start_dim)):
-            return
+            return None
         if isinstance(module, DROPOUTS):
             if not isinstance(module, nn.Dropout):
                 raise ValueError(f"cannot convert node {node.name!r} ({type(module).__name__}): use nn.Dropout")
@@ -207,7 +207,7 @@ def _normalise(graph: fx.GraphModule, node: fx.Node, seen: dict[str, str]) -> No
         if isinstance(module, nn.Identity):
             return _drop(node, source)
         raise _refusal(graph, node)
-    name = node.target if node.op == "call_method" else ""
+    name = str(node.target) if node.op == "call_method" else ""
     if name in ("contiguous", "clone"):
         return _drop(node, source)
     if node.target in ADDITIONS or name in ("add", "add_", "__add__"):
@@ -222,7 +222,9 @@ def _normalise(graph: fx.GraphModule, node: fx.Node, seen: dict[str, str]) -> No
         training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True)
         # traced in evaluation mode: `training=self.training` reads False here, a literal True was meant as such
         if training is True:
-            raise ValueError(f"cannot convert node {node.name!r}: dropout that is always on; pass training=self.training")
+            raise ValueError(
+                f"cannot convert node {node.name!r}: dropout that is always on; pass training=self.training"
+            )
         graph.add_submodule(f"{node.name}_frame", FrameDropout(float(p)))  # type: ignore[arg-type]
         return _call_module(node, f"{node.name}_frame", source)
     if node.target in POOLING_FUNCTIONS:
@@ -260,9 +262,10 @@ def _is_batch_size(node: fx.Node) -> bool:
     """``x.size(0)``, ``x.shape[0]`` and the ``x.shape`` in it: integers that only a reshape may use."""
     if node.op == "call_method" and node.target == "size":
         return node.args[1:] in ((0,), ())
-    if node.target is getattr and node.args[1] == "shape":
-        return True
-    return node.target is operator.getitem and node.args[1] == 0 and _is_batch_size(node.args[0])  # type: ignore[arg-type]
+    if node.target is getattr:
+        return node.args[1] == "shape"
+    is_first = node.target is operator.getitem and node.args[1] == 0
+    return is_first and all(map(_is_batch_size, node.all_input_nodes))
 
 
 def _keeps_batch(dim: object) -> bool:
@@ -383,7 +386,9 @@ def _scale(graph: fx.GraphModule, thresholds: dict[fx.Node, float], *, rescale: 
     without weights (an identity shortcut) gets a `Gain`. Scales are named by LIF layer, not by their value, so that
     where gains stand depends on the architecture alone.
     """
-    scale_of: dict[fx.Node | str, float] = {UNIT: 1.0, **thresholds}
+    scale_of: dict[fx.Node | str, float] = {UNIT: 1.0}
+    for lif_node, threshold in thresholds.items():
+        scale_of[lif_node] = threshold
     scale: dict[fx.Node, fx.Node | str] = {}  # of a node's output, by name
 
     def wanted(node: fx.Node) -> fx.Node | str:
@@ -414,17 +419,17 @@ def _scale(graph: fx.GraphModule, thresholds: dict[fx.Node, float], *, rescale: 
             scale[node] = UNIT
         elif node in thresholds:
             bring(node, node.args[0], node if rescale else UNIT)
-            lif = graph.get_submodule(str(node.target))
+            lif: Any = graph.get_submodule(str(node.target))
             with torch.no_grad():
-                lif.raw_threshold.fill_(1.0 if rescale else thresholds[node])  # type: ignore[union-attr,operator]
+                lif.raw_threshold.fill_(1.0 if rescale else thresholds[node])
             scale[node] = node
         elif _is_synapse(graph, node):
             scale[node] = wanted(node)
-            synapse = graph.get_submodule(str(node.target))
+            synapse: Any = graph.get_submodule(str(node.target))
             with torch.no_grad():
-                synapse.weight.mul_(scale_of[scale[node.args[0]]] / scale_of[scale[node]])  # type: ignore[union-attr,operator]
+                synapse.weight.mul_(scale_of[scale[node.args[0]]] / scale_of[scale[node]])
                 if synapse.bias is not None:
-                    synapse.bias.div_(scale_of[scale[node]])  # type: ignore[union-attr,operator]
+                    synapse.bias.div_(scale_of[scale[node]])
         elif node.target is operator.add:
             scale[node] = wanted(node)
             for source in dict.fromkeys(node.all_input_nodes):

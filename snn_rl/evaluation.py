@@ -18,7 +18,7 @@ from snn_rl.policy_file import LoadedPolicy
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Returns of ``episodes`` full episodes, and the activity of a spiking network while it played (None for an ANN)."""
+    """Returns of full episodes, and the activity of a spiking network while it played them (None for an ANN)."""
 
     returns: list[float]
     lengths: list[int]
@@ -60,11 +60,13 @@ def evaluate(agent: DQN | LoadedPolicy, env: VecEnv, episodes: int) -> Evaluatio
     for name in ("observation_space", "action_space"):
         ours, theirs = getattr(agent, name), getattr(env, name)
         if ours != theirs:
-            raise ValueError(f"the agent's {name} is {ours}, the environment's {theirs}; evaluate it where it was trained")
+            raise ValueError(
+                f"the agent's {name} is {ours}, the environment's {theirs}; evaluate it where it was trained"
+            )
     network = spiking_network(agent)
     with count_spikes(network) if network is not None else nullcontext() as counter:
         returns, lengths = evaluate_policy(
-            agent,  # type: ignore[arg-type]
+            agent,
             env,
             n_eval_episodes=episodes,
             deterministic=True,
@@ -73,6 +75,6 @@ def evaluate(agent: DQN | LoadedPolicy, env: VecEnv, episodes: int) -> Evaluatio
     measured = None
     if network is not None and counter is not None:
         shape = agent.observation_space.shape or ()
-        persistent = agent.policy.q_net.persistent  # type: ignore[union-attr]
+        persistent = bool(agent.policy.q_net.persistent)
         measured = activity(network, counter.rates(), shape, persistent=persistent)
     return Evaluation([float(r) for r in returns], [int(n) for n in lengths], measured)  # type: ignore[union-attr]

@@ -167,4 +167,3 @@ class SpikingNetwork(nn.Module):
 
     def extra_repr(self) -> str:
         return f"timesteps={self.timesteps}"
-

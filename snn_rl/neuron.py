@@ -119,12 +119,12 @@ class LIF(nn.Module):
     @property
     def threshold(self) -> Tensor:
         """``v``, a scalar >= `MIN_THRESHOLD`."""
-        return _Bounded.apply(self.raw_threshold, MIN_THRESHOLD, math.inf)  # type: ignore[no-any-return]
+        return _Bounded.apply(self.raw_threshold, MIN_THRESHOLD, math.inf)
 
     @property
     def leak(self) -> Tensor:
         """``l``, a scalar in [0, 1]."""
-        return _Bounded.apply(self.raw_leak, 0.0, 1.0)  # type: ignore[no-any-return]
+        return _Bounded.apply(self.raw_leak, 0.0, 1.0)
 
     def forward(
         self, current: Tensor, carry: Tensor | None = None, keep: Tensor | None = None
@@ -153,7 +153,7 @@ class LIF(nn.Module):
                     f"and the current's batch of {current.shape[1]}, got shape {tuple(keep.shape)}"
                 )
             keep = keep.to(current.dtype).reshape(*keep.shape, *[1] * (current.dim() - 2))
-        return _Scan.apply(current, carry, self.threshold, self.leak, keep, self.leak_reset)  # type: ignore[no-any-return]
+        return _Scan.apply(current, carry, self.threshold, self.leak, keep, self.leak_reset)
 
     def extra_repr(self) -> str:
         return f"threshold={self.threshold.item():.4g}, leak={self.leak.item():.4g}, leak_reset={self.leak_reset}"

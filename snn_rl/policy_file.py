@@ -115,7 +115,9 @@ def load_policy(path: str | Path, device: str = "cpu") -> LoadedPolicy:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable safetensors file ({error}); copy it again") from error
     if header.get("format") != FORMAT:
-        raise ValueError(f"{path} is a safetensors file, but not a policy of this package (format {FORMAT!r} is missing)")
+        raise ValueError(
+            f"{path} is a safetensors file, but not a policy of this package (format {FORMAT!r} is missing)"
+        )
     try:
         metadata = json.loads(header["policy"])
         policy = _build(metadata)
@@ -176,4 +178,3 @@ def _space_from_json(value: dict[str, Any]) -> spaces.Space:
         low, high = (np.broadcast_to(np.asarray(value[key], dtype=dtype), shape) for key in ("low", "high"))
         return spaces.Box(low, high, shape, dtype=dtype.type)
     raise ValueError(f"unknown space {value['type']!r}")
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ SEEDS_PER_RUN = 1_000
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """The Q-network: convolutions ``(channels, kernel, stride)`` with a linear layer behind, or none; then ``net_arch``."""
+    """The Q-network: convolutions ``(channels, kernel, stride)`` and a linear layer, or none; then ``net_arch``."""
 
     convolutions: tuple[tuple[int, int, int], ...] = ()
     features_dim: int = 512
@@ -104,10 +105,10 @@ class Recipe:
 
     def __post_init__(self) -> None:
         steps = self.schedule
-        if not steps or any(t < 1 for t in steps) or any(b >= a for a, b in zip(steps, steps[1:], strict=False)):
+        if not steps or any(t < 1 for t in steps) or any(b >= a for a, b in itertools.pairwise(steps)):
             raise ValueError(f"schedule must be decreasing timesteps >= 1, such as 5 4 3 2 1, got {steps}")
         for config, prefix in ((self, ""), (self.ann, "ann."), (self.snn, "snn.")):
-            for name in (f.name for f in dataclasses.fields(config)):  # type: ignore[arg-type]
+            for name in (f.name for f in dataclasses.fields(config)):
                 value = getattr(config, name)
                 least = 0 if name in MAY_BE_ZERO else 1
                 if isinstance(value, int) and not isinstance(value, bool) and value < least:

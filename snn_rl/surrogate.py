@@ -34,4 +34,4 @@ def spike(z: Tensor, gamma: float = GAMMA) -> Tensor:
     ``z = u / v - 1`` is the membrane potential's relative distance from the threshold, of any shape.
     Source: Bellec et al. 2018, equation 3; the form used by DIET-SNN and temporal pruning.
     """
-    return _PiecewiseLinear.apply(z, gamma)  # type: ignore[no-any-return]
+    return _PiecewiseLinear.apply(z, gamma)

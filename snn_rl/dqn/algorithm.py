@@ -42,7 +42,7 @@ class SpikingDQN(DQN):
         burn_in: frames before them that only warm the membranes up, without gradient.
         n_steps: of the n-step return inside a window.
         td_weight: weight of the temporal-difference loss.
-        distillation_weight: weight of `distillation_loss` against the Q-values of ``self.teacher``, on the same windows.
+        distillation_weight: of `distillation_loss` against the Q-values of ``self.teacher``, on the same windows.
         distillation_temperature: of its softmax, in standard deviations of the teacher's advantages.
 
     Targets are double-Q (van Hasselt et al. 2016); online and target network burn in separately, each under its own
@@ -55,8 +55,8 @@ class SpikingDQN(DQN):
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MlpPolicy": MlpPolicy, "CnnPolicy": CnnPolicy}
     policy: SpikingDQNPolicy
-    q_net: SpikingQNetwork  # type: ignore[assignment]
-    q_net_target: SpikingQNetwork  # type: ignore[assignment]
+    q_net: SpikingQNetwork
+    q_net_target: SpikingQNetwork
     replay_buffer: SequenceReplayBuffer | None
 
     def __init__(
@@ -124,7 +124,7 @@ class SpikingDQN(DQN):
         self._next_state: NumpyState | None = None  # after it was seen; committed with the transition
         self._actor: DQN | None = None  # who acts in place of this agent, while `collect` runs
         super().__init__(
-            policy,  # type: ignore[arg-type]
+            policy,
             env,
             learning_rate,
             buffer_size,
@@ -165,7 +165,7 @@ class SpikingDQN(DQN):
 
     # --- acting
 
-    def predict(  # type: ignore[override]
+    def predict(
         self,
         observation: np.ndarray | dict[str, np.ndarray],
         state: NumpyState | None = None,
@@ -202,7 +202,7 @@ class SpikingDQN(DQN):
     ) -> tuple[np.ndarray, np.ndarray]:
         actor = self._actor or self
         assert self._last_obs is not None
-        actions, self._next_state = actor.predict(  # type: ignore[assignment]
+        actions, self._next_state = actor.predict(
             self._last_obs, self._last_state, self._last_episode_starts, deterministic=False
         )
         if self.num_timesteps < learning_starts:
@@ -238,7 +238,8 @@ class SpikingDQN(DQN):
         if self.distillation_weight and self.teacher is None:
             raise ValueError("distillation_weight is > 0, but no teacher is set: assign the parent agent to `.teacher`")
         losses = [
-            self._update(self._loss, batch_size, log_spikes=step == gradient_steps - 1) for step in range(gradient_steps)
+            self._update(self._loss, batch_size, log_spikes=step == gradient_steps - 1)
+            for step in range(gradient_steps)
         ]
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("train/loss", float(np.mean(losses)))
@@ -362,7 +363,9 @@ class SpikingDQN(DQN):
                 )
         batches = (
             preprocess_obs(
-                torch.as_tensor(obs, device=model.device), model.observation_space, normalize_images=dqn.policy.normalize_images
+                torch.as_tensor(obs, device=model.device),
+                model.observation_space,
+                normalize_images=dqn.policy.normalize_images,
             )
             for obs in _play(dqn, model.env, calibration_steps)
         )
@@ -383,7 +386,8 @@ class SpikingDQN(DQN):
 
         A freshly converted network's own play is worthless as replay; a stage starts from its parent's instead.
         """
-        assert self.env is not None and self.replay_buffer is not None
+        assert self.env is not None
+        assert self.replay_buffer is not None
         if steps < 1:
             raise ValueError(f"steps must be >= 1, got {steps}")
         self._last_obs = None  # start from fresh episodes, which are the actor's alone
@@ -410,7 +414,9 @@ class SpikingDQN(DQN):
         if gradient_steps < 1:
             raise ValueError(f"gradient_steps must be >= 1, got {gradient_steps}")
         losses = [
-            self._update(lambda windows: self._distillation_loss(windows, self._unroll(self.q_net, windows)[0]), self.batch_size)
+            self._update(
+                lambda windows: self._distillation_loss(windows, self._unroll(self.q_net, windows)[0]), self.batch_size
+            )
             for _ in range(gradient_steps)
         ]
         self.q_net_target.load_state_dict(self.q_net.state_dict())
@@ -433,7 +439,10 @@ def distillation_loss(q_t: Tensor, teacher_t: Tensor, mask: Tensor, temperature:
     advantage, advantage_teacher = q_t - value, teacher_t - value_teacher
     scale = temperature * advantage_teacher.std(correction=0).clamp(min=1e-6)
     divergence = F.kl_div(
-        F.log_softmax(advantage / scale, -1), F.log_softmax(advantage_teacher / scale, -1), reduction="none", log_target=True
+        F.log_softmax(advantage / scale, -1),
+        F.log_softmax(advantage_teacher / scale, -1),
+        reduction="none",
+        log_target=True,
     ).sum(-1)
     variance = value_teacher.var(correction=0).clamp(min=1e-6)
     loss = divergence + 0.1 * ((value - value_teacher) ** 2).squeeze(-1) / variance

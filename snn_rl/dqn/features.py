@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class ConvExtractor(BaseFeaturesExtractor):
-    """Convolutions, each ``(channels, kernel, stride)`` and a ReLU, then one linear layer of ``features_dim`` and a ReLU.
+    """Convolutions, each ``(channels, kernel, stride)`` and a ReLU, then a linear layer of ``features_dim`` and a ReLU.
 
     ``NatureCNN`` for other image sizes and smaller budgets. Observations: (channels, height, width).
 
@@ -24,20 +24,21 @@ class ConvExtractor(BaseFeaturesExtractor):
     ) -> None:
         super().__init__(observation_space, features_dim)
         if len(observation_space.shape) != 3:
-            raise ValueError(f"ConvExtractor needs observations (channels, height, width), got {observation_space.shape}")
+            raise ValueError(
+                f"ConvExtractor needs observations (channels, height, width), got {observation_space.shape}"
+            )
         channels, height, width = observation_space.shape
         layers: list[nn.Module] = []
         for index, (out_channels, kernel, stride) in enumerate(convolutions):
             if kernel > min(height, width):
                 raise ValueError(
-                    f"convolutions[{index}]: kernel {kernel} does not fit its input of {height}x{width}; use a smaller one"
+                    f"convolutions[{index}]: kernel {kernel} does not fit its input of {height}x{width}; "
+                    "use a smaller one"
                 )
             layers += [nn.Conv2d(channels, out_channels, kernel, stride), nn.ReLU()]
             channels = out_channels
             height, width = (height - kernel) // stride + 1, (width - kernel) // stride + 1
-        self.cnn = nn.Sequential(
-            *layers, nn.Flatten(), nn.Linear(channels * height * width, features_dim), nn.ReLU()
-        )
+        self.cnn = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * height * width, features_dim), nn.ReLU())
 
     def forward(self, observations: Tensor) -> Tensor:
         return self.cnn(observations)

@@ -82,7 +82,7 @@ class SequenceReplayBuffer(ReplayBuffer):
             raise ValueError(f"buffer_size must be at least 2 per environment, got {buffer_size} for {n_envs}")
         if n_steps < 1:
             raise ValueError(f"n_steps must be >= 1, got {n_steps}")
-        shape = tuple(self.obs_shape)  # type: ignore[arg-type]
+        shape = tuple(self.obs_shape)
         self.axis = 0 if len(shape) == 3 else len(shape) - 1  # of one observation: SB3 sees images channels first
         if frame_stack < 1 or shape[self.axis] % frame_stack:
             raise ValueError(f"frame_stack must divide axis {self.axis} of the observation {shape}, got {frame_stack}")
@@ -115,7 +115,7 @@ class SequenceReplayBuffer(ReplayBuffer):
         infos: list[dict[str, Any]],
     ) -> None:
         """Store one transition per environment; ``next_obs`` holds terminal observations where ``done``, as in SB3."""
-        shape = (self.n_envs, *self.obs_shape)  # type: ignore[misc]
+        shape = (self.n_envs, *self.obs_shape)
         obs, next_obs = np.asarray(obs).reshape(shape), np.asarray(next_obs).reshape(shape)
         actions, rewards = np.asarray(action).reshape(self.n_envs), np.asarray(reward).reshape(self.n_envs)
         if self.newest is None:
@@ -176,9 +176,9 @@ class SequenceReplayBuffer(ReplayBuffer):
         stacks = self.frames[env[..., None], (slot[..., None] + offsets) % self.buffer_size]  # (..., stack, *frame)
         # the stack goes right before the axis along which frames are concatenated
         stacks = np.moveaxis(stacks, slot.ndim, slot.ndim + self.axis)
-        flat = stacks.reshape(-1, *self.obs_shape)  # type: ignore[misc]
+        flat = stacks.reshape(-1, *self.obs_shape)
         observations = self._normalize_obs(flat, normalizer)
-        return torch.as_tensor(observations, device=self.device).reshape(*slot.shape, *self.obs_shape)  # type: ignore[misc,arg-type]
+        return torch.as_tensor(observations, device=self.device).reshape(*slot.shape, *self.obs_shape)
 
     def _rewards(self, env: np.ndarray, slot: np.ndarray, normalizer: VecNormalize | None) -> np.ndarray:
         rewards = self.slot_rewards[env, slot % self.buffer_size]

@@ -1,0 +1,41 @@
+# Each target sets up what it needs: a virtual environment with the pinned packages, on first use.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help install pong cartpole test lint format clean
+
+help:  ## List the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
+
+# torch comes first and by its pinned version: a range would take the newest build with its CUDA packages.
+# The stamp is touched last, so that an interrupted installation is taken up again.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+install: $(STAMP)  ## Set up .venv
+
+pong: $(STAMP)  ## Train the Pong agents (ARGS="--recipe pong --seed 1" ...)
+	$(BIN)/python scripts/train_pong.py $(ARGS)
+
+cartpole: $(STAMP)  ## Train the CartPole agents
+	$(BIN)/python scripts/train_cartpole.py $(ARGS)
+
+test: $(STAMP)  ## Run the tests
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: $(STAMP)  ## Check format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## Format and sort imports
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## Remove the environment and caches, not the runs
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis
