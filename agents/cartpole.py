@@ -27,6 +27,8 @@ CARTPOLE = Recipe(
     snn=SnnConfig(env_steps=16_000),
     target_return=500.0,
     validate_every=2_000,
+    checkpoint_every=10_000,
+    cpu_threads=1,
 )
 
 # Velocity is to be had from the membranes alone: the ANN can teach little, so the stages learn by TD on their own play.

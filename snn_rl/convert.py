@@ -261,10 +261,10 @@ def _is_relu(graph: fx.GraphModule, node: fx.Node) -> bool:
 def _is_batch_size(node: fx.Node) -> bool:
     """``x.size(0)``, ``x.shape[0]`` and the ``x.shape`` in it: integers that only a reshape may use."""
     if node.op == "call_method" and node.target == "size":
-        return node.args[1:] in ((0,), ())
+        return tuple(node.args[1:]) in ((0,), ())
     if node.target is getattr:
-        return node.args[1] == "shape"
-    is_first = node.target is operator.getitem and node.args[1] == 0
+        return bool(node.args[1] == "shape")
+    is_first = bool(node.target is operator.getitem and node.args[1] == 0)
     return is_first and all(map(_is_batch_size, node.all_input_nodes))
 
 

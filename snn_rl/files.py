@@ -20,6 +20,7 @@ def atomic(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield temporary
+        temporary.chmod(0o644)  # some writers make private files, these are to be shared
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

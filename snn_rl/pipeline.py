@@ -80,6 +80,8 @@ def run(
     if not 0 <= seed < 100_000:
         raise ValueError(f"seed must lie in [0, 100000), got {seed}")
     device = check_device(device)
+    if recipe.cpu_threads is not None:
+        torch.set_num_threads(recipe.cpu_threads)
     _claim(directory, recipe, seed, ann)
     this = Run(recipe, directory, seed, device, progress_bar)
     stages = [Stage(None, None if ann is None else str(ann))]

@@ -102,6 +102,7 @@ class Recipe:
     validation_episodes: int = 20
     eval_episodes: int = 20
     checkpoint_every: int = 50_000  # environment steps
+    cpu_threads: int | None = None  # of torch; None leaves it to torch. Small layers are faster on one.
 
     def __post_init__(self) -> None:
         steps = self.schedule

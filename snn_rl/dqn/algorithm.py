@@ -9,7 +9,6 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
-from gymnasium import spaces
 from stable_baselines3 import DQN
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
@@ -104,9 +103,6 @@ class SpikingDQN(DQN):
             raise ValueError(
                 f"replay_buffer_class must be a SequenceReplayBuffer, which keeps windows, got {replay_buffer_class}"
             )
-        action_space = getattr(env, "action_space", None)  # a string names no space yet; SB3 checks it then
-        if action_space is not None and not isinstance(action_space, spaces.Discrete):
-            raise ValueError(f"DQN needs a Discrete action space, got {action_space}; discretise the actions first")
         if td_weight < 0 or distillation_weight < 0 or td_weight + distillation_weight == 0:
             raise ValueError(
                 "td_weight and distillation_weight must be >= 0 and not both 0, "
@@ -123,33 +119,36 @@ class SpikingDQN(DQN):
         self._last_state: NumpyState | None = None  # aligned with `_last_obs`: the membranes before it is seen
         self._next_state: NumpyState | None = None  # after it was seen; committed with the transition
         self._actor: DQN | None = None  # who acts in place of this agent, while `collect` runs
-        super().__init__(
-            policy,
-            env,
-            learning_rate,
-            buffer_size,
-            learning_starts,
-            batch_size,
-            tau,
-            gamma,
-            train_freq,
-            gradient_steps,
-            replay_buffer_class=replay_buffer_class or SequenceReplayBuffer,
-            replay_buffer_kwargs=replay_buffer_kwargs,
-            n_steps=1,  # SB3 warns of any other beside a buffer class; set below
-            target_update_interval=target_update_interval,
-            exploration_fraction=exploration_fraction,
-            exploration_initial_eps=exploration_initial_eps,
-            exploration_final_eps=exploration_final_eps,
-            max_grad_norm=max_grad_norm,
-            stats_window_size=stats_window_size,
-            tensorboard_log=tensorboard_log,
-            policy_kwargs=policy_kwargs,
-            verbose=verbose,
-            seed=seed,
-            device=device,
-            _init_setup_model=False,
-        )
+        try:
+            super().__init__(
+                policy,
+                env,
+                learning_rate,
+                buffer_size,
+                learning_starts,
+                batch_size,
+                tau,
+                gamma,
+                train_freq,
+                gradient_steps,
+                replay_buffer_class=replay_buffer_class or SequenceReplayBuffer,
+                replay_buffer_kwargs=replay_buffer_kwargs,
+                n_steps=1,  # SB3 warns of any other beside a buffer class; set below
+                target_update_interval=target_update_interval,
+                exploration_fraction=exploration_fraction,
+                exploration_initial_eps=exploration_initial_eps,
+                exploration_final_eps=exploration_final_eps,
+                max_grad_norm=max_grad_norm,
+                stats_window_size=stats_window_size,
+                tensorboard_log=tensorboard_log,
+                policy_kwargs=policy_kwargs,
+                verbose=verbose,
+                seed=seed,
+                device=device,
+                _init_setup_model=False,
+            )
+        except AssertionError as error:  # how SB3 refuses a space
+            raise ValueError(f"DQN needs a Discrete action space; discretise the actions first ({error})") from error
         self.n_steps = n_steps
         if _init_setup_model:
             self._setup_model()

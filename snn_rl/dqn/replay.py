@@ -28,7 +28,7 @@ def frame_stack_of(env: VecEnv) -> int:
     inner = env
     while isinstance(inner, VecEnvWrapper):
         if isinstance(inner, VecFrameStack):
-            return int(inner.n_stack)
+            return int(inner.stacked_obs.n_stack)
         inner = inner.venv
     return int(getattr(inner, "frame_stack", 1))
 

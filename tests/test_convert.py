@@ -1,0 +1,271 @@
+"""Conversion: what it accepts, what it refuses and how, and that the result is the ANN in spikes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from snn_rl import LIF, SpikingNetwork, to_spiking
+from snn_rl.network import FrameDropout, Gain
+
+
+class Residual(nn.Module):
+    """Batch-norm, a reused ReLU module, an in-place addition, the functional spellings, dropout, a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
+        self.bn2 = nn.BatchNorm2d(8)
+        self.conv3 = nn.Conv2d(8, 8, 3, padding=1)
+        self.relu = nn.ReLU(inplace=True)
+        self.drop = nn.Dropout(0.5)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        shortcut = x
+        x = self.relu(self.bn2(self.conv2(x)))
+        x = self.conv3(x)
+        x += shortcut
+        x = self.drop(torch.relu(x))
+        x = F.adaptive_avg_pool2d(x, 1)
+        return self.fc(x.view(x.size(0), -1))
+
+
+@pytest.fixture
+def residual() -> nn.Module:
+    torch.manual_seed(0)
+    net = Residual()
+    for _ in range(5):
+        net(torch.randn(16, 3, 8, 8))  # batch-norm statistics that are not the initial ones
+    return net.eval()
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 2))
+
+
+def test_with_many_timesteps_the_network_is_the_ann(residual: nn.Module) -> None:
+    x = torch.randn(64, 3, 8, 8)
+    with torch.no_grad():
+        expected = residual(x)
+        errors = [
+            (to_spiking(residual, x, 100.0, timesteps, leak=1.0)(x)[0] - expected).abs().max().item()
+            for timesteps in (10, 100, 1000)
+        ]
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 0.01 * expected.abs().max().item()
+
+
+@pytest.mark.parametrize("make", [mlp, Residual])
+def test_rescaled_and_raw_thresholds_give_the_same_spikes(make: type[nn.Module]) -> None:
+    ann = make().double().eval()
+    x = torch.randn(32, 4).double() if make is mlp else torch.randn(32, 3, 8, 8).double()
+    rescaled, raw = to_spiking(ann, x, timesteps=7), to_spiking(ann, x, timesteps=7, rescale=False)
+    assert all(lif.threshold.item() == 1.0 for lif in rescaled.lif_layers.values())
+    assert any(lif.threshold.item() != 1.0 for lif in raw.lif_layers.values())
+    spikes: dict[str, list[Tensor]] = {"rescaled": [], "raw": []}
+    outputs = []
+    for name, net in (("rescaled", rescaled), ("raw", raw)):
+        for lif in net.lif_layers.values():
+            lif.register_forward_hook(lambda _m, _i, out, name=name: spikes[name].append(out[0]))
+        outputs.append(net(x)[0])
+    assert any(s.any() for s in spikes["raw"])
+    for ours, theirs in zip(spikes["rescaled"], spikes["raw"], strict=True):
+        assert torch.equal(ours, theirs)
+    torch.testing.assert_close(outputs[0], outputs[1])
+
+
+def test_thresholds_are_the_percentile_of_the_relu_inputs() -> None:
+    ann = mlp()
+    x = torch.randn(500, 4)
+    net = to_spiking(ann, x, percentile=90.0, rescale=False)
+    with torch.no_grad():
+        first = ann[0](x)
+        second = ann[2](torch.relu(first))
+    expected = [np.percentile(h.numpy(), 90.0) for h in (first, second)]
+    assert [lif.threshold.item() for lif in net.lif_layers.values()] == pytest.approx(expected, rel=1e-5)
+
+
+def test_batches_calibrate_as_one_array_does() -> None:
+    ann, x = mlp(), torch.randn(100, 4)
+
+    def batches() -> Iterator[np.ndarray]:
+        for part in x.split(32):
+            yield part.numpy()
+
+    one, many = to_spiking(ann, x.numpy()), to_spiking(ann, batches())
+    for a, b in zip(one.parameters(), many.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_mostly_negative_relu_input_still_gets_a_positive_threshold() -> None:
+    ann = mlp()
+    with torch.no_grad():
+        ann[0].bias.fill_(-3.0)  # the 90th percentile is negative
+        ann[2].bias.fill_(-1000.0)  # never positive at all
+    net = to_spiking(ann, torch.randn(2000, 4), rescale=False)
+    first, second = (lif.threshold.item() for lif in net.lif_layers.values())
+    assert first > 0
+    assert second == 1.0
+
+
+def test_the_ann_is_left_as_it_was(residual: nn.Module) -> None:
+    residual.train()
+    before = copy.deepcopy(residual.state_dict())
+    net = to_spiking(residual, torch.randn(8, 3, 8, 8))
+    assert residual.training
+    assert net.training
+    assert any(isinstance(m, nn.BatchNorm2d) for m in residual.modules())
+    for name, tensor in residual.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_biases_are_kept_and_batch_norm_is_gone(residual: nn.Module) -> None:
+    net = to_spiking(residual, torch.randn(8, 3, 8, 8))
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
+    convolutions = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
+    assert len(convolutions) == 3
+    assert all(m.bias is not None for m in convolutions)
+    assert (
+        sum(isinstance(m, Gain) for m in net.modules()) == 1
+    )  # the identity shortcut has no weights to absorb a scale
+    assert len(net.lif_layers) == 3
+
+
+class Spellings(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(5))
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.layers[0](x))
+        x = F.relu(self.layers[1](x))
+        x = self.layers[2](x).relu()
+        x = torch.relu(self.layers[3](x))
+        return self.layers[4](x)
+
+
+def test_every_spelling_of_relu() -> None:
+    net = to_spiking(Spellings(), torch.randn(8, 4))
+    assert len(net.lif_layers) == 4
+    assert all(isinstance(m, LIF) for m in net.lif_layers.values())
+
+
+class Around(nn.Module):
+    """A module between a layer of ReLUs and the readout."""
+
+    def __init__(self, middle: nn.Module) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.middle = middle
+        self.fc = nn.Linear(4 * 9, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(torch.flatten(self.middle(torch.relu(self.conv(x))), 1))
+
+
+@pytest.mark.parametrize(
+    ("middle", "name", "way_out"),
+    [
+        (nn.MaxPool2d(2, 1, 0), "middle", "average pooling or a stride"),
+        (nn.GELU(), "middle", "train the ANN with ReLU"),
+        (nn.Sigmoid(), "middle", "use Linear, Conv"),
+        (nn.BatchNorm2d(4), "middle", "right behind a Linear or Conv"),
+        (nn.LayerNorm(4), "middle", "use Linear, Conv"),
+    ],
+)
+def test_what_cannot_be_converted_is_refused_by_node_name(middle: nn.Module, name: str, way_out: str) -> None:
+    with pytest.raises(ValueError, match=rf"cannot convert node '{name}' .*{way_out}"):
+        to_spiking(Around(middle), torch.randn(2, 1, 5, 5))
+
+
+class Forward(nn.Module):
+    """A small network whose forward is given."""
+
+    def __init__(self, forward: object) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(4, 4), nn.Linear(4, 4)
+        self._forward = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._forward(self, x)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (lambda m, x: m.fc2(torch.tanh(m.fc1(x))), "cannot convert node 'tanh'"),
+        (lambda m, x: m.fc2(torch.relu(m.fc1(x)) + 1.0), "cannot convert node 'add'.*constants into a bias"),
+        (lambda m, x: m.fc2(torch.relu(m.fc1(x)) * 2), "cannot convert node 'mul'"),
+        (lambda m, x: m.fc1(torch.relu(m.fc1(x))), "'fc1' is used twice; give each use its own layer"),
+        (lambda m, x: m.fc2(torch.cat([torch.relu(m.fc1(x))[:, :2]] * 2, 1)), "cannot convert node 'getitem'"),
+        (lambda m, x: m.fc2(torch.relu(m.fc1(x)).view(-1, 2, 2).flatten(1)), "cannot convert node 'view'"),
+        (lambda m, x: m.fc2(torch.relu(m.fc1(x)).mean(0, keepdim=True)), "cannot convert node 'mean'"),
+        (lambda m, x: m.fc2(F.dropout(torch.relu(m.fc1(x)), 0.5)), "dropout that is always on"),
+        (lambda m, x: (m.fc2(torch.relu(m.fc1(x))), x), "must return one tensor"),
+        (lambda m, x: m.fc2(m.fc1(x)), "no ReLU"),
+        (lambda m, x: m.fc1(x) if x.sum() > 0 else m.fc2(x), "must not branch on values"),
+    ],
+)
+def test_functions_that_cannot_be_converted_are_refused(forward: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        to_spiking(Forward(forward), torch.randn(6, 4))
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        (np.zeros((0, 4)), "calibration batch 0 must be"),
+        ([], "at least one batch, got none"),
+        (np.full((3, 4), np.nan), "calibration batch 0 must be finite"),
+        (np.zeros((3, 5)), r"calibration batch 0 of shape \(3, 5\) does not fit the network"),
+        ([np.zeros((3, 4)), np.full((3, 4), np.inf)], "calibration batch 1 must be finite"),
+    ],
+)
+def test_bad_calibration_is_refused(calibration: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        to_spiking(mlp(), calibration)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("percentile", [0.0, -1.0, 100.1, float("nan")])
+def test_bad_percentile_is_named(percentile: float) -> None:
+    with pytest.raises(ValueError, match=rf"percentile must lie in \(0, 100\], got {percentile}"):
+        to_spiking(mlp(), torch.randn(8, 4), percentile=percentile)
+
+
+@pytest.mark.parametrize("timesteps", [0, -1, 2.0, True])
+def test_bad_timesteps_are_named(timesteps: object) -> None:
+    with pytest.raises(ValueError, match="timesteps must be an integer >= 1, got"):
+        to_spiking(mlp(), torch.randn(8, 4), timesteps=timesteps)  # type: ignore[arg-type]
+
+
+def test_dropout_draws_one_mask_for_all_micro_steps() -> None:
+    torch.manual_seed(0)
+    drop = FrameDropout(0.5).train()
+    out = drop(torch.ones(3, 4, 2, 50))  # frames, steps, batch
+    assert set(out.unique().tolist()) == {0.0, 2.0}
+    assert (out == out[:, :1]).all()
+    assert not (out[0] == out[1]).all()
+    assert torch.equal(drop.eval()(out), out)
+
+
+def test_dropout_in_a_network_trains_and_rests(residual: nn.Module) -> None:
+    net = to_spiking(residual, torch.randn(8, 3, 8, 8))
+    assert isinstance(net, SpikingNetwork)
+    x = torch.randn(4, 3, 8, 8)
+    torch.manual_seed(0)
+    net.train()
+    assert not torch.equal(net(x)[0], net(x)[0])
+    net.eval()
+    assert torch.equal(net(x)[0], net(x)[0])
