@@ -163,7 +163,7 @@ def _train_stage(this: Run, stage: Stage) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if stage.timesteps is None and stage.parent is not None:
         model, history = _load_ann(this, Path(stage.parent)), History()
-        history.extra_updates = model._n_updates
+        history.extra_steps, history.extra_updates = model.num_timesteps, model._n_updates
     else:
         model, history = _resume(this, stage) or _begin(this, stage)
         budget = this.recipe.ann.env_steps if stage.timesteps is None else this.recipe.snn_steps

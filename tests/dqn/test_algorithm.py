@@ -404,7 +404,7 @@ def test_vec_normalize_and_frame_stack() -> None:
     buffer = agent.replay_buffer
     assert buffer is not None
     assert buffer.frame_stack == 3
-    assert np.isfinite(parameters(agent)).all()
+    assert torch.isfinite(parameters(agent)).all()
 
 
 def test_save_load_and_continue(tmp_path: Path) -> None:

@@ -1,0 +1,337 @@
+"""The pipeline on a recipe of seconds: stages, resuming, kills, and runs that are not this one's."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from stable_baselines3 import DQN
+
+import snn_rl.pipeline as pipeline
+from agents import RECIPES
+from snn_rl import load_policy
+from snn_rl.pipeline import run
+from snn_rl.recipe import SEEDS_PER_RUN, TEST_SEEDS, VALIDATION_SEEDS, Recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def tiny(**changes: Any) -> Recipe:
+    recipe = RECIPES["cartpole"].smoke()
+    recipe = dataclasses.replace(
+        recipe, schedule=(2, 1), network=dataclasses.replace(recipe.network, net_arch=(16,)), validation_episodes=2
+    )
+    return dataclasses.replace(recipe, **changes)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("run")
+    run(tiny(), directory, 3, device="cpu")
+    return directory
+
+
+def test_results_hold_what_the_format_promises(finished: Path) -> None:
+    results = json.loads((finished / "results.json").read_text())
+    assert results["recipe"] == "cartpole"
+    assert results["env_id"] == "CartPole-v1"
+    assert results["seed"] == 3
+    assert {"torch", "stable-baselines3"} <= set(results["versions"])
+    assert [stage["stage"] for stage in results["stages"]] == ["ann", "T2", "T1"]
+    assert [stage["timesteps"] for stage in results["stages"]] == [None, 2, 1]
+    assert [stage["parent"] for stage in results["stages"]] == [None, "ann", "T2"]
+    for stage in results["stages"]:
+        returns = stage["eval"]["returns"]
+        assert len(returns) == stage["eval"]["episodes"] == 2
+        assert stage["eval"]["mean"] == pytest.approx(np.mean(returns))
+        assert stage["eval"]["std"] == pytest.approx(np.std(returns))
+        assert stage["env_steps"] > 0
+        assert stage["updates"] > 0
+        spiking = stage["timesteps"] is not None
+        assert (stage["spike_rate"] is not None) == spiking
+        assert len(stage["threshold"]) == len(stage["leak"]) == (1 if spiking else 0)
+        if spiking:
+            assert set(stage["spike_rate"]["layers"]) == set(stage["threshold"])
+            assert stage["energy"]["ann_ops"] == 4 * 16 + 16 * 2
+
+
+def test_each_stage_leaves_its_files_and_no_leftovers(finished: Path) -> None:
+    for stage in ("ann", "T2", "T1"):
+        names = {p.name for p in (finished / stage).iterdir()}
+        events = {name for name in names if name.startswith("events")}
+        assert events
+        assert names - events == {"model.zip", "policy.safetensors", "metrics.json"}
+    assert load_policy(finished / "T1" / "policy.safetensors").timesteps == 1
+    assert load_policy(finished / "ann" / "policy.safetensors").timesteps is None
+
+
+def test_a_finished_run_is_not_run_again(finished: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("model.zip")}
+    results = run(tiny(), finished, 3, device="cpu")
+    assert {p: p.stat().st_mtime_ns for p in finished.rglob("model.zip")} == before
+    assert len(results["stages"]) == 3
+
+
+def test_the_parents_weights_are_the_childs_start(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from snn_rl import SpikingDQN
+
+    started: list[Any] = []
+    original = SpikingDQN.collect
+
+    def collect(self: SpikingDQN, actor: DQN, steps: int) -> None:
+        started.append((self, actor, {k: v.clone() for k, v in self.q_net.state_dict().items()}))
+        original(self, actor, steps)
+
+    monkeypatch.setattr(SpikingDQN, "collect", collect)
+    run(tiny(), tmp_path, 3, device="cpu")
+    (_, _, _), (child, parent, start) = started
+    assert isinstance(parent, SpikingDQN)
+    assert parent.q_net.network.timesteps == 2
+    assert child.q_net.network.timesteps == 1
+    for name, tensor in parent.q_net.state_dict().items():
+        assert (start[name] == tensor).all()
+
+
+def test_training_validation_and_test_never_share_a_seed() -> None:
+    width = 100_000 * SEEDS_PER_RUN
+    starts = [0, VALIDATION_SEEDS, TEST_SEEDS]
+    for a, b in itertools.pairwise(starts):
+        assert a + width <= b
+    assert TEST_SEEDS + width < 2**31
+
+
+def test_an_early_stop_ends_every_stage_at_its_first_validation(tmp_path: Path) -> None:
+    recipe = tiny(target_return=1.0, validate_every=128)
+    results = run(recipe, tmp_path, 0, device="cpu")
+    for stage in results["stages"]:
+        assert len(stage["validation"]) == 1
+        assert stage["validation"][0][0] <= 256
+
+
+def test_the_best_validation_is_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([5.0, 9.0, 3.0, 1.0])
+    kept: list[int] = []
+
+    def validate(self: pipeline.StageCallback) -> None:
+        score = next(scores)
+        best = max((m for _, m in self.history.validation), default=-np.inf)
+        self.history.validation.append([self.num_timesteps, score])
+        if score >= best:
+            kept.append(self.num_timesteps)
+            self.model.save(self.folder / "best.zip")
+
+    monkeypatch.setattr(pipeline.StageCallback, "_validate", validate)
+    monkeypatch.setattr(pipeline, "_export", lambda _run, _stage, model, _history: kept.append(model.num_timesteps))
+    this = pipeline.Run(tiny(validate_every=256), tmp_path, 0, "cpu")
+    pipeline._train_stage(this, pipeline.Stage(None, None))
+    assert kept[-1] == kept[1]
+
+
+def test_an_sb3_dqn_from_elsewhere_takes_the_anns_place(tmp_path: Path) -> None:
+    recipe = tiny(schedule=(1,))
+    env = recipe.build_env(1, 0)
+    dqn = DQN("MlpPolicy", env, policy_kwargs={"net_arch": [24]}, learning_starts=10, device="cpu").learn(60)
+    dqn.save(tmp_path / "mine.zip")
+    results = run(recipe, tmp_path / "run", 0, device="cpu", ann=tmp_path / "mine.zip")
+    assert results["stages"][0]["parent"] == str(tmp_path / "mine.zip")
+    assert results["stages"][0]["env_steps"] == 60
+    assert load_policy(tmp_path / "run" / "T1" / "policy.safetensors").metadata["net_arch"] == [24]
+
+
+def test_a_total_budget_is_divided_among_the_stages(tmp_path: Path) -> None:
+    recipe = tiny(total_snn_steps=256)
+    assert recipe.snn_steps == 128
+    results = run(recipe, tmp_path, 0, device="cpu")
+    parent_steps = recipe.snn.parent_steps
+    assert [stage["env_steps"] for stage in results["stages"][1:]] == [parent_steps + 128] * 2
+
+
+@pytest.mark.parametrize("kill_after", ["replay", "json", "model"])
+def test_a_kill_between_the_files_of_a_checkpoint_is_survived(
+    kill_after: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    original = pipeline.StageCallback._checkpoint
+    count = 0
+
+    def checkpoint(self: pipeline.StageCallback) -> None:
+        nonlocal count
+        count += 1
+        if count == 1:
+            return original(self)
+        with monkeypatch.context() as patch:
+
+            def die(*_: Any, **__: Any) -> None:
+                raise Killed
+
+            if kill_after == "replay":
+                patch.setattr(pipeline, "write_json", die)
+            elif kill_after == "json":
+                patch.setattr(self.model, "save", die, raising=False)
+            original(self)
+        raise Killed
+
+    recipe = tiny(checkpoint_every=256)
+    monkeypatch.setattr(pipeline.StageCallback, "_checkpoint", checkpoint)
+    with pytest.raises(Killed):
+        run(recipe, tmp_path, 0, device="cpu")
+    assert count == 2
+    monkeypatch.setattr(pipeline.StageCallback, "_checkpoint", original)
+    results = run(recipe, tmp_path, 0, device="cpu")
+    assert [stage["stage"] for stage in results["stages"]] == ["ann", "T2", "T1"]
+    assert results["stages"][0]["env_steps"] == recipe.ann.env_steps
+    steps = results["stages"][0]["curve"]["env_steps"]
+    assert steps == sorted(set(steps))
+
+
+def test_ten_kills_at_random_moments(tmp_path: Path) -> None:
+    script = f"""
+import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import dataclasses
+from pathlib import Path
+from agents import RECIPES
+from snn_rl.pipeline import run
+recipe = RECIPES["cartpole"].smoke()
+network = dataclasses.replace(recipe.network, net_arch=(16,))
+recipe = dataclasses.replace(recipe, schedule=(2, 1), network=network, validation_episodes=2, checkpoint_every=128)
+print("started", flush=True)
+run(recipe, Path({str(tmp_path)!r}), 0, device="cpu")
+"""
+    rng = np.random.default_rng(0)
+    kills = 0
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for _ in range(40):
+        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment, text=True)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "started\n"
+        try:
+            # the first ten are killed early enough to hit every part of a stage, later ones run to the end
+            process.wait(timeout=rng.uniform(0.05, 2.5) if kills < 10 else 300)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+            results = tmp_path / "results.json"
+            if results.exists():
+                json.loads(results.read_text())  # whole, whenever the kill came
+            continue
+        finally:
+            process.stdout.close()
+        assert process.returncode == 0
+        if kills >= 10:
+            break
+        # it ended before the tenth kill: the next run has all of it to do again
+        for path in tmp_path.iterdir():
+            subprocess.run(["rm", "-rf", str(path)], check=True)
+    assert kills >= 10
+    stages = json.loads((tmp_path / "results.json").read_text())["stages"]
+    assert [stage["stage"] for stage in stages] == ["ann", "T2", "T1"]
+    assert all(len(stage["eval"]["returns"]) == 2 for stage in stages)
+    assert not list(tmp_path.rglob("checkpoint*"))
+
+
+# --- bad input
+
+
+def test_another_runs_directory_is_refused_and_left_alone(finished: Path) -> None:
+    before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
+    with pytest.raises(ValueError, match="belongs to another run: its seed is 3, not 4; use another --run-dir"):
+        run(tiny(), finished, 4, device="cpu")
+    with pytest.raises(ValueError, match=r"its recipe.snn.leak is 0.9, not 0.5"):
+        run(tiny(snn=dataclasses.replace(tiny().snn, leak=0.5)), finished, 3, device="cpu")
+    assert {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()} == before
+
+
+def test_bad_device_ann_and_seed_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown device 'gpu'; use auto, cpu or cuda"):
+        run(tiny(), tmp_path, device="gpu")
+    with pytest.raises(ValueError, match=r"no file at .*none.zip; --ann takes the zip of an SB3 DQN"):
+        run(tiny(), tmp_path, device="cpu", ann=tmp_path / "none.zip")
+    with pytest.raises(ValueError, match=r"seed must lie in \[0, 100000\), got -1"):
+        run(tiny(), tmp_path, -1, device="cpu")
+    (tmp_path / "foreign.zip").write_bytes(b"not a zip")
+    with pytest.raises(ValueError, match=r"foreign.zip is not a readable SB3 DQN"):
+        run(tiny(), tmp_path, device="cpu", ann=tmp_path / "foreign.zip")
+
+
+def test_cuda_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match="'cuda' was asked for, but torch sees no CUDA device here; use --device cpu"):
+        run(tiny(), tmp_path, device="cuda")
+
+
+def test_a_truncated_checkpoint_is_named(tmp_path: Path) -> None:
+    (tmp_path / "ann").mkdir(parents=True)
+    (tmp_path / "ann" / "checkpoint.zip").write_bytes(b"PK\x03\x04")
+    with pytest.raises(ValueError, match=r"checkpoint.zip is not a readable DQN .*; remove it"):
+        run(tiny(), tmp_path, device="cpu")
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
+    """A limit on the size of files fails a write in its middle, as a full disk does."""
+    script = f"""
+import resource, signal, sys; sys.path.insert(0, {str(ROOT)!r})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from scripts.train_cartpole import main
+if sys.argv[1] == "full":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+sys.exit(main(["--smoke", "--schedule", "1", "--run-dir", {str(tmp_path / "run")!r}, "--device", "cpu"]))
+"""
+    full = subprocess.run([sys.executable, "-c", script, "full"], capture_output=True, text=True)
+    assert full.returncode == 2, full.stderr
+    assert full.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "File too large" in full.stderr
+    assert not list((tmp_path / "run").rglob(".*"))  # no half-written file is left
+    roomy = subprocess.run([sys.executable, "-c", script, "roomy"], capture_output=True, text=True)
+    assert roomy.returncode == 0, roomy.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schedule": ()}, "schedule must be decreasing"),
+        ({"schedule": (1, 2)}, r"schedule must be decreasing timesteps >= 1, such as 5 4 3 2 1, got \(1, 2\)"),
+        ({"schedule": (2, 0)}, "schedule must be decreasing"),
+        ({"num_envs": 0}, "num_envs must be >= 1, got 0"),
+        ({"num_envs": 3}, "train_every must be a multiple of num_envs"),
+        ({"eval_episodes": 0}, "eval_episodes must be >= 1, got 0"),
+        ({"eval_episodes": 5000}, "must be <= 1000"),
+    ],
+)
+def test_bad_recipes_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"percentile": 0.0}, r"snn.percentile must lie in \(0, 100\], got 0.0"),
+        ({"leak": 1.5}, r"snn.leak must lie in \[0, 1\], got 1.5"),
+        ({"leak": -0.5}, "snn.leak must be >= 0, got -0.5"),
+        ({"learning_rate": float("nan")}, "snn.learning_rate must be >= 0, got nan"),
+        ({"batch_size": 0}, "snn.batch_size must be >= 1, got 0"),
+    ],
+)
+def test_bad_snn_fields_are_named_before_the_ann_is_trained(changes: dict[str, Any], message: str) -> None:
+    recipe = tiny()
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(recipe, snn=dataclasses.replace(recipe.snn, **changes))
+
+
+def test_every_recipe_is_json_and_round_trips() -> None:
+    for recipe in RECIPES.values():
+        assert json.loads(json.dumps(recipe.as_dict()))["name"] == recipe.name
