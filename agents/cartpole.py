@@ -14,8 +14,9 @@ CARTPOLE = Recipe(
     num_envs=8,
     network=NetworkConfig(net_arch=(256, 256)),
     ann=AnnConfig(
-        env_steps=100_000,
+        env_steps=60_000,
         learning_rate=2.3e-3,
+        final_learning_rate=1e-4,
         learning_starts=1_000,
         batch_size=64,
         train_every=256,
@@ -26,6 +27,7 @@ CARTPOLE = Recipe(
     ),
     snn=SnnConfig(env_steps=16_000),
     target_return=500.0,
+    validations_at_target=2,
     validate_every=2_000,
     checkpoint_every=10_000,
     cpu_threads=1,

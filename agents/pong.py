@@ -8,16 +8,21 @@ from functools import partial
 from envs.atari import make_atari
 from snn_rl.recipe import AnnConfig, NetworkConfig, Recipe, SnnConfig
 
+# Without sticky actions a greedy agent and the game can return the ball to each other for ever; a game that is played
+# to its end takes about 10,000 frames.
+EPISODE_FRAMES = 27_000
+
 PONG_LITE = Recipe(
     name="pong-lite",
     env_id="ALE/Pong-v5",
     make_env=partial(make_atari, "pong"),
-    env_kwargs={"image_size": 42, "frame_stack": 4, "sticky": 0.0},
+    env_kwargs={"image_size": 42, "frame_stack": 4, "sticky": 0.0, "max_episode_frames": EPISODE_FRAMES},
     num_envs=8,
     network=NetworkConfig(convolutions=((16, 4, 2), (32, 4, 2), (32, 3, 1)), features_dim=256, net_arch=()),
     ann=AnnConfig(
         env_steps=900_000,
         learning_rate=3e-4,
+        final_learning_rate=3e-4,
         buffer_size=100_000,
         learning_starts=10_000,
         batch_size=32,
@@ -33,32 +38,31 @@ PONG_LITE = Recipe(
         percentile=99.0,
         parent_steps=20_000,
         distillation_updates=1_000,
-        env_steps=30_000,
+        env_steps=40_000,
         learning_rate=1e-3,
         buffer_size=50_000,
         batch_size=8,
         sequence_length=8,
         burn_in=4,
         train_every=32,
-        gradient_steps=2,
+        gradient_steps=4,
         exploration_eps=0.01,
-        adam_eps=1e-8,
     ),
     target_return=20.5,
-    validate_every=50_000,
+    validate_every=20_000,
     validation_episodes=8,
-    checkpoint_every=50_000,
+    checkpoint_every=20_000,
 )
 
 PONG = dataclasses.replace(
     PONG_LITE,
     name="pong",
-    env_kwargs={"image_size": 84, "frame_stack": 4, "sticky": 0.0},
+    env_kwargs={"image_size": 84, "frame_stack": 4, "sticky": 0.0, "max_episode_frames": EPISODE_FRAMES},
     network=NetworkConfig(convolutions=((32, 8, 4), (64, 4, 2), (64, 3, 1)), features_dim=512, net_arch=()),
 )
 
 PONG_SINGLE_FRAME = dataclasses.replace(
     PONG_LITE,
     name="pong-single-frame",
-    env_kwargs={"image_size": 42, "frame_stack": 1, "sticky": 0.0},
+    env_kwargs={"image_size": 42, "frame_stack": 1, "sticky": 0.0, "max_episode_frames": EPISODE_FRAMES},
 )

@@ -49,7 +49,12 @@ class AtariVecEnv(VecEnv):
             raise ValueError(
                 f"unknown Atari game {game!r}; names are ale-py's snake_case ones such as 'pong' or 'ms_pacman'"
             )
-        for name, value in (("num_envs", num_envs), ("image_size", image_size), ("frame_stack", frame_stack)):
+        for name, value in (
+            ("num_envs", num_envs),
+            ("image_size", image_size),
+            ("frame_stack", frame_stack),
+            ("max_episode_frames", max_episode_frames),
+        ):
             if value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
         if not 0.0 <= sticky <= 1.0:
@@ -159,13 +164,15 @@ def make_atari(
     image_size: int = 84,
     frame_stack: int = 4,
     sticky: float = 0.0,
+    max_episode_frames: int = 108_000,
     clip_reward: bool = True,
     render_mode: str | None = None,
 ) -> VecEnv:
     """Build ``num_envs`` monitored copies of an Atari game, seeded ``seed, seed + 1, ...``.
 
     ``sticky`` is the probability that the emulator repeats the previous action: 0 in the paper's protocol, 0.25 in
-    that of Machado et al. (2018). Raises ValueError as `AtariVecEnv` does.
+    that of Machado et al. (2018). An episode is truncated after ``max_episode_frames`` emulator frames (60 a second).
+    Raises ValueError as `AtariVecEnv` does.
     """
     env: VecEnv = VecMonitor(
         AtariVecEnv(
@@ -175,6 +182,7 @@ def make_atari(
             image_size=image_size,
             frame_stack=frame_stack,
             sticky=sticky,
+            max_episode_frames=max_episode_frames,
             render_mode=render_mode,
         )
     )

@@ -264,7 +264,7 @@ def _new_ann(this: Run, env: VecEnv) -> DQN:
     return DQN(
         "CnnPolicy" if network.convolutions else "MlpPolicy",
         env,
-        learning_rate=config.learning_rate,
+        learning_rate=LinearSchedule(config.learning_rate, config.final_learning_rate, 1.0),
         buffer_size=config.buffer_size,
         learning_starts=config.learning_starts,
         batch_size=config.batch_size,
@@ -325,8 +325,9 @@ class StageCallback(BaseCallback):
 
     @property
     def reached_target(self) -> bool:
-        target = self.this.recipe.target_return
-        return target is not None and any(mean >= target for _, mean in self.history.validation)
+        target, needed = self.this.recipe.target_return, self.this.recipe.validations_at_target
+        last = self.history.validation[-needed:]
+        return target is not None and len(last) == needed and all(mean >= target for _, mean in last)
 
     def _on_training_start(self) -> None:
         recipe = self.this.recipe

@@ -32,6 +32,7 @@ class AnnConfig:
 
     env_steps: int = 50_000
     learning_rate: float = 1e-4
+    final_learning_rate: float = 1e-4  # reached linearly at the end of the budget
     buffer_size: int = 100_000
     learning_starts: int = 1_000
     batch_size: int = 32
@@ -81,7 +82,8 @@ class Recipe:
     ``schedule`` lists the micro-steps per frame of the spiking stages, decreasing: 5-4-3-2-1, 5-3-1, or 1 alone,
     straight from the ANN. ``total_snn_steps`` is a budget of environment steps for all of them together, divided
     equally (the paper's cheap variant); None gives each stage ``snn.env_steps``. A stage stops early where its return
-    on validation seeds reaches ``target_return``.
+    on validation seeds reaches ``target_return`` in ``validations_at_target`` validations on end: where training
+    swings, one may be luck.
 
     Raises:
         ValueError: a schedule that does not decrease, or a number out of range.
@@ -98,6 +100,7 @@ class Recipe:
     schedule: tuple[int, ...] = (5, 4, 3, 2, 1)
     total_snn_steps: int | None = None
     target_return: float | None = None
+    validations_at_target: int = 1
     validate_every: int = 5_000  # environment steps
     validation_episodes: int = 20
     eval_episodes: int = 20

@@ -24,6 +24,7 @@ from snn_rl.activity import count_spikes
 from snn_rl.convert import DEFAULT_LEAK, DEFAULT_PERCENTILE, to_spiking
 from snn_rl.dqn.policy import CnnPolicy, MlpPolicy, NumpyState, SpikingDQNPolicy, SpikingQNetwork, q_network_ann
 from snn_rl.dqn.replay import SequenceReplayBuffer, Windows, frame_stack_of
+from snn_rl.network import State
 
 SelfSpikingDQN = TypeVar("SelfSpikingDQN", bound="SpikingDQN")
 
@@ -264,35 +265,40 @@ class SpikingDQN(DQN):
         return loss.item()
 
     def _loss(self, windows: Windows) -> Tensor:
-        q_t, q_tail = self._unroll(self.q_net, windows)
+        q_t, state = self._unroll(self.q_net, windows)
         loss = q_t.new_zeros(())
         if self.td_weight:
-            loss = loss + self.td_weight * self._td_loss(windows, q_t, q_tail)
+            loss = loss + self.td_weight * self._td_loss(windows, q_t, state)
         if self.distillation_weight:
             loss = loss + self.distillation_weight * self._distillation_loss(windows, q_t)
         return loss
 
-    def _unroll(self, q_net: SpikingQNetwork, windows: Windows) -> tuple[Tensor, Tensor]:
-        """Q-values of the trained frames (sequence_length, batch, actions) and, without gradient, of the last n."""
-        burnt, trained = self.burn_in, self.burn_in + self.sequence_length
+    def _unroll(self, q_net: SpikingQNetwork, windows: Windows) -> tuple[Tensor, State]:
+        """Q-values of the trained frames, (sequence_length, batch, actions), and the state behind them."""
         state = None
-        if burnt:
+        if self.burn_in:
             with torch.no_grad():
-                _, state = q_net.unroll(windows.observations[:burnt], None, windows.episode_start[:burnt])
-        q, state = q_net.unroll(windows.observations[burnt:trained], state, windows.episode_start[burnt:trained])
+                burn_in = windows.observations[: self.burn_in]
+                _, state = q_net.unroll(burn_in, None, windows.episode_start[: self.burn_in])
+        return q_net.unroll(self._trained(windows.observations), state, self._trained(windows.episode_start))
+
+    def _append_tail(self, q_net: SpikingQNetwork, windows: Windows, q_t: Tensor, state: State) -> Tensor:
+        """``q_t`` and, behind it, the Q-values of the n frames that only bootstrap; without gradient."""
+        trained = self.burn_in + self.sequence_length
         with torch.no_grad():
             q_tail, _ = q_net.unroll(windows.observations[trained:], state, windows.episode_start[trained:])
-        return q, q_tail
+            return torch.cat([q_t, q_tail])
 
     def _trained(self, x: Tensor) -> Tensor:
         """The frames of a window that are trained on, of a tensor (window_length, batch, ...)."""
         return x[self.burn_in : self.burn_in + self.sequence_length]
 
-    def _td_loss(self, windows: Windows, q_t: Tensor, q_tail: Tensor) -> Tensor:
+    def _td_loss(self, windows: Windows, q_t: Tensor, state: State) -> Tensor:
         """Huber loss of double-Q, n-step targets on the frames behind the burn-in where an action was taken."""
         with torch.no_grad():
-            target = torch.cat(self._unroll(self.q_net_target, windows))  # (sequence_length + n, batch, actions)
-            best = torch.cat([q_t, q_tail]).argmax(dim=-1, keepdim=True)
+            # (sequence_length + n, batch, actions)
+            target = self._append_tail(self.q_net_target, windows, *self._unroll(self.q_net_target, windows))
+            best = self._append_tail(self.q_net, windows, q_t, state).argmax(dim=-1, keepdim=True)
             bootstrap = target.gather(-1, best).squeeze(-1)
             r_t, slot, discount = n_step_returns(windows, self.burn_in, self.sequence_length, self.n_steps, self.gamma)
             target_t = r_t + discount * bootstrap.gather(0, slot)

@@ -1,0 +1,232 @@
+"""Figures and one self-contained report.html of a run, from its results.json alone."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from snn_rl.files import atomic, read_json
+
+# Okabe and Ito's palette, distinguishable without colour vision
+COLOURS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442")
+STAGE_KEYS = {"stage", "timesteps", "eval", "spike_rate", "energy", "threshold", "leak", "curve", "env_steps"}
+STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}"
+    "table{border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums}"
+    "th,td{padding:.25rem .7rem;text-align:right;border-bottom:1px solid #ddd}th:first-child,td:first-child"
+    "{text-align:left}figure{margin:1.5rem 0}img{max-width:100%}figcaption,.small{color:#555;font-size:.9em}"
+)
+
+Results = Mapping[str, Any]
+Stage = Mapping[str, Any]
+
+
+def load_results(run_dir: str | Path) -> dict[str, Any]:
+    """Read and check ``run_dir/results.json``.
+
+    Raises:
+        ValueError: no such file, not JSON, or a key missing.
+    """
+    path = Path(run_dir) / "results.json"
+    if not path.is_file():
+        raise ValueError(f"no results at {path}; give the folder of a run, such as runs/cartpole/seed-0")
+    results = read_json(path)
+    if not isinstance(results, dict) or not isinstance(results.get("stages"), list):
+        raise ValueError(f"{path} is no results file: it has no list of stages")
+    missing = {"recipe", "env_id", "seed", "versions", "hardware"} - results.keys()
+    if missing:
+        raise ValueError(f"{path} lacks {sorted(missing)}; train again or restore it")
+    for index, stage in enumerate(results["stages"]):
+        missing = STAGE_KEYS - stage.keys() if isinstance(stage, dict) else STAGE_KEYS
+        if missing:
+            raise ValueError(f"{path}: stage {index} lacks {sorted(missing)}; train again or restore it")
+    if not results["stages"]:
+        raise ValueError(f"{path} holds no finished stage yet")
+    return results
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Write ``figures/*.png`` and ``report.html`` into ``run_dir``; returns the latter's path.
+
+    Raises:
+        ValueError: as `load_results`.
+    """
+    run_dir = Path(run_dir)
+    results = load_results(run_dir)
+    figures = {name: (caption, _png(draw, results)) for name, (caption, draw) in FIGURES.items()}
+    for name, (_, png) in figures.items():
+        with atomic(run_dir / "figures" / f"{name}.png") as temporary:
+            temporary.write_bytes(png)
+    with atomic(run_dir / "report.html") as temporary:
+        temporary.write_text(_html(results, figures), encoding="utf-8")
+    return run_dir / "report.html"
+
+
+# --- figures ------------------------------------------------------------------------------------------------------
+
+
+def _spiking(results: Results) -> list[Stage]:
+    return [stage for stage in results["stages"] if stage["timesteps"] is not None]
+
+
+def _colour(index: int) -> str:
+    return COLOURS[index % len(COLOURS)]
+
+
+def reward_curves(axes: Axes, results: Results) -> None:
+    """Training return of every stage over that stage's own environment steps."""
+    for index, stage in enumerate(results["stages"]):
+        curve = stage["curve"]
+        if curve["env_steps"]:
+            axes.plot(curve["env_steps"], curve["returns"], label=stage["stage"], color=_colour(index))
+    axes.set(xlabel="environment steps of the stage", ylabel="training return, mean of 100 episodes")
+    axes.set_xscale("symlog", linthresh=1000)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend()
+
+
+def return_per_timesteps(axes: Axes, results: Results) -> None:
+    """Return over T with standard deviations, the ANN as a band: the paper's figure 3a and 3b."""
+    for stage in results["stages"]:
+        if stage["timesteps"] is None:
+            mean, std = stage["eval"]["mean"], stage["eval"]["std"]
+            axes.axhline(mean, color=COLOURS[0], linestyle="--", label="ANN")
+            axes.axhspan(mean - std, mean + std, color=COLOURS[0], alpha=0.1)
+    stages = _spiking(results)
+    axes.errorbar(
+        [stage["timesteps"] for stage in stages],
+        [stage["eval"]["mean"] for stage in stages],
+        [stage["eval"]["std"] for stage in stages],
+        fmt="o-",
+        capsize=4,
+        color=COLOURS[1],
+        label="SNN",
+    )
+    axes.set(xlabel="timesteps per frame T", ylabel="return, mean and standard deviation")
+    axes.set_xticks([stage["timesteps"] for stage in stages])
+    axes.legend()
+
+
+def layer_spike_rates(axes: Axes, results: Results) -> None:
+    """Spike rate of each layer, one line per T: the paper's figure 3c."""
+    for index, stage in enumerate(_spiking(results), start=1):
+        layers = stage["spike_rate"]["layers"]
+        axes.plot(range(1, len(layers) + 1), list(layers.values()), "o-", color=_colour(index), label=stage["stage"])
+        axes.set_xticks(range(1, len(layers) + 1), list(layers))
+    axes.set(xlabel="LIF layer", ylabel="spikes per neuron and frame")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+
+
+def _per_stage(key: str, label: str) -> Callable[[Axes, Results], None]:
+    def draw(axes: Axes, results: Results) -> None:
+        stages = _spiking(results)
+        for index, layer in enumerate(stages[0][key] if stages else (), start=1):
+            values = [stage[key].get(layer) for stage in stages]
+            axes.plot([stage["stage"] for stage in stages], values, "o-", color=_colour(index), label=layer)
+        axes.set(xlabel="stage", ylabel=label)
+        axes.legend()
+
+    return draw
+
+
+FIGURES: dict[str, tuple[str, Callable[[Axes, Results], None]]] = {
+    "reward-curves": ("Training return of all stages.", reward_curves),
+    "return-per-T": (
+        "Return of the evaluation per T; error bars are standard deviations over episodes.",
+        return_per_timesteps,
+    ),
+    "spike-rates": ("Spike rate of each layer, summed over the T micro-steps of a frame.", layer_spike_rates),
+    "thresholds": ("Threshold of each layer at the end of a stage.", _per_stage("threshold", "threshold")),
+    "leaks": ("Leak of each layer at the end of a stage.", _per_stage("leak", "leak per micro-step")),
+}
+
+
+def _png(draw: Callable[[Axes, Results], None], results: Results) -> bytes:
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if not _spiking(results) and draw not in (reward_curves, return_per_timesteps):
+        axes.text(0.5, 0.5, "no spiking stage yet", ha="center", transform=axes.transAxes)
+    else:
+        draw(axes, results)
+    out = io.BytesIO()
+    figure.savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue()
+
+
+# --- the page -----------------------------------------------------------------------------------------------------
+
+
+def _html(results: Results, figures: Mapping[str, tuple[str, bytes]]) -> str:
+    title = html.escape(f"{results['recipe']}, seed {results['seed']}")
+    protocol = html.escape(str(results["stages"][-1]["eval"].get("protocol", "")))
+    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    pictures = "".join(
+        f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        for caption, png in figures.values()
+    )
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+        f"<h1>{title}</h1><p>{html.escape(str(results['env_id']))}. {protocol}.</p>"
+        f"{_table(STAGE_COLUMNS, results['stages'])}"
+        f"<h2>Energy and memory accesses per frame</h2>{_table(ENERGY_COLUMNS, _spiking(results))}{pictures}"
+        f"<h2>All returns</h2>{_table(RETURN_COLUMNS, results['stages'])}"
+        f'<p class="small">{html.escape(str(results["hardware"]))}; {html.escape(versions)}</p></html>\n'
+    )
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _energy(stage: Stage, *keys: str) -> Any:
+    value = stage["energy"]
+    for key in keys:
+        value = None if value is None else value.get(key)
+    return value
+
+
+Column = tuple[str, Callable[[Stage], str]]
+STAGE_COLUMNS: Sequence[Column] = (
+    ("stage", lambda s: str(s["stage"])),
+    ("return", lambda s: f"{s['eval']['mean']:.2f} ± {s['eval']['std']:.2f}"),
+    ("episodes", lambda s: str(s["eval"]["episodes"])),
+    ("env steps", lambda s: f"{s['env_steps']:,}"),
+    ("updates", lambda s: _number(s.get("updates"), ",")),
+    ("minutes", lambda s: _number(None if s.get("wall_seconds") is None else s["wall_seconds"] / 60, ".1f")),
+    ("spike rate", lambda s: "-" if s["spike_rate"] is None else f"{s['spike_rate']['mean']:.3f}"),
+    ("energy ANN / SNN", lambda s: _number(_energy(s, "ann_over_snn"), ".2f")),
+)
+ENERGY_COLUMNS: Sequence[Column] = (
+    ("stage", lambda s: str(s["stage"])),
+    ("ANN operations", lambda s: _number(_energy(s, "ann_ops"), ",.0f")),
+    ("SNN operations", lambda s: _number(_energy(s, "snn_ops"), ",.0f")),
+    ("energy ANN / SNN", lambda s: _number(_energy(s, "ann_over_snn"), ".2f")),
+    ("weight accesses", lambda s: _number(_energy(s, "memory_accesses", "weights"), ",.0f")),
+    ("membrane accesses", lambda s: _number(_energy(s, "memory_accesses", "membranes"), ",.0f")),
+    ("ANN accesses", lambda s: _number(_energy(s, "memory_accesses", "ann"), ",.0f")),
+)
+RETURN_COLUMNS: Sequence[Column] = (
+    ("stage", lambda s: str(s["stage"])),
+    ("returns", lambda s: " ".join(f"{r:g}" for r in s["eval"]["returns"])),
+)
+
+
+def _table(columns: Sequence[Column], stages: Sequence[Stage]) -> str:
+    head = "".join(f"<th>{html.escape(name)}</th>" for name, _ in columns)
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell(s))}</td>" for _, cell in columns) + "</tr>" for s in stages
+    )
+    return f"<table><tr>{head}</tr>{rows}</table>"
