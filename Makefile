@@ -12,7 +12,7 @@ help:  ## List the targets
 # torch comes first and by its pinned version: a range would take the newest build with its CUDA packages.
 # The stamp is touched last, so that an interrupted installation is taken up again.
 $(STAMP): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@

@@ -30,7 +30,7 @@ class AtariVecEnv(VecEnv):
     ALE's random numbers come from the seed alone, so both stay in step, sticky actions included.
 
     Raises:
-        ValueError: unknown game, or a size, stack, probability or seed out of range.
+        ValueError: unknown game, or a size, stack, episode length, probability or seed out of range.
     """
 
     def __init__(
@@ -61,8 +61,6 @@ class AtariVecEnv(VecEnv):
             raise ValueError(f"sticky must be a probability in [0, 1], got {sticky}")
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode must be None or 'rgb_array', got {render_mode!r}")
-        if not 0 <= seed < 2**31 - num_envs:
-            raise ValueError(f"seed must lie in [0, 2**31 - num_envs), got {seed}")
 
         def emulators(height: int, width: int, *, grayscale: bool, stack: int) -> AtariVectorEnv:
             return AtariVectorEnv(
@@ -88,6 +86,19 @@ class AtariVecEnv(VecEnv):
         self._actions: np.ndarray | None = None
         super().__init__(num_envs, self._envs.single_observation_space, self._envs.single_action_space)
         self.seed(seed)
+
+    def seed(self, seed: int | None = None) -> Sequence[int | None]:
+        """Seed copy ``i`` with ``seed + i`` at the next reset; None draws a seed from numpy's global generator.
+
+        Raises:
+            ValueError: a seed that does not fit the emulator's 32-bit signed integer.
+        """
+        limit = 2**31 - self.num_envs
+        if seed is None:  # drawn here because SB3's own draw is unsigned, which the emulator refuses every other time
+            seed = int(np.random.randint(limit))
+        if not 0 <= seed < limit:
+            raise ValueError(f"seed must lie in [0, 2**31 - num_envs), got {seed}")
+        return super().seed(seed)
 
     def reset(self) -> np.ndarray:
         # -1 lets an emulator's generator run on: only the first reset after `seed` starts it afresh

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,17 @@ def exit_status(command: Callable[[], Any]) -> int:
     return 0
 
 
+class _Unchecked(Recipe):
+    """A recipe as the command line says it, checked afterwards: tyro would frame the error over several lines."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
+def _fields(recipe: Recipe) -> dict[str, Any]:
+    return {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
+
+
 def train(argv: Sequence[str] | None, recipes: Mapping[str, Recipe], default: str) -> int:
     """The command line of ``scripts/train_*.py``: choose a recipe, override any of its fields, run it."""
     parser = argparse.ArgumentParser(
@@ -53,7 +65,8 @@ def train(argv: Sequence[str] | None, recipes: Mapping[str, Recipe], default: st
         if {"-h", "--help"} & set(overrides):
             parser.print_help()
             print(f"\nand every field of the recipe, here {options.recipe}:\n")
-        recipe = tyro.cli(Recipe, args=overrides, default=chosen, prog=parser.prog)
+        parsed = tyro.cli(_Unchecked, args=overrides, default=_Unchecked(**_fields(chosen)), prog=parser.prog)
+        recipe = Recipe(**_fields(parsed))
         if (recipe.name, recipe.env_id) != (chosen.name, chosen.env_id):
             raise ValueError("name and env_id say which recipe this is; choose another with --recipe")
         folder = options.recipe + ("-smoke" if options.smoke else "")
@@ -76,16 +89,13 @@ def environment_of(
     """The environment that a policy was trained in, from its file's provenance.
 
     Raises:
-        ValueError: a recipe that is not among ``recipes``, or an override that its environment does not take.
+        ValueError: a recipe that is not among ``recipes``, or as `Recipe.build_env`.
     """
     provenance = policy.metadata["provenance"]
     name = provenance.get("recipe")
     if name not in recipes:
         raise ValueError(f"the policy file was made by the recipe {name!r}; there are {', '.join(recipes)}")
-    try:
-        return recipes[name].build_env(num_envs, seed, **{**provenance["env_kwargs"], **overrides})
-    except TypeError as error:
-        raise ValueError(f"the environment of {name} does not take {sorted(overrides)}: {error}") from error
+    return recipes[name].build_env(num_envs, seed, **{**provenance["env_kwargs"], **overrides})
 
 
 def print_results(results: Mapping[str, Any]) -> None:

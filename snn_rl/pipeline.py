@@ -241,7 +241,7 @@ def _begin(this: Run, stage: Stage) -> tuple[DQN, History]:
     parent.exploration_rate = config.exploration_eps
     model.set_logger(configure(str(this.directory / stage.name), []))
     model.collect(parent, config.parent_steps)
-    if config.distillation_updates:
+    if config.distillation_updates and config.distillation_weight:
         model.distill(config.distillation_updates)
     history = History(extra_steps=model.num_timesteps)
     model.num_timesteps = 0

@@ -133,8 +133,16 @@ class Recipe:
                 )
 
     def build_env(self, num_envs: int, seed: int, **overrides: Any) -> VecEnv:
-        """A monitored ``VecEnv`` of the recipe's environment; ``overrides`` go before ``env_kwargs``."""
-        return self.make_env(num_envs, seed=seed, **{**self.env_kwargs, **overrides})
+        """A monitored ``VecEnv`` of the recipe's environment; ``overrides`` go before ``env_kwargs``.
+
+        Raises:
+            ValueError: an argument that the environment does not take, or not with this value.
+        """
+        kwargs = {**self.env_kwargs, **overrides}
+        try:
+            return self.make_env(num_envs, seed=seed, **kwargs)
+        except TypeError as error:
+            raise ValueError(f"the environment of {self.name} does not take {kwargs}: {error}") from error
 
     @property
     def snn_steps(self) -> int:
