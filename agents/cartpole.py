@@ -25,7 +25,7 @@ CARTPOLE = Recipe(
         exploration_steps=8_000,
         exploration_eps=0.04,
     ),
-    snn=SnnConfig(env_steps=16_000),
+    snn=SnnConfig(env_steps=16_000, learning_rate=5e-4),
     target_return=500.0,
     validations_at_target=2,
     validate_every=2_000,
