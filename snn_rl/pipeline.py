@@ -177,7 +177,7 @@ def _train_stage(this: Run, stage: Stage) -> None:
                 budget - model.num_timesteps,
                 callback=CallbackList(callbacks),
                 reset_num_timesteps=model.num_timesteps == 0,
-                log_interval=10,
+                log_interval=1,
             )
             callback.finish()
         history.extra_steps += model.num_timesteps
