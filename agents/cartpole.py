@@ -25,10 +25,12 @@ CARTPOLE = Recipe(
         exploration_steps=8_000,
         exploration_eps=0.04,
     ),
-    snn=SnnConfig(env_steps=16_000, learning_rate=5e-4),
+    # No burn-in: every window is trained from silence, which is how an episode starts and what is rare in long ones.
+    snn=SnnConfig(env_steps=16_000, learning_rate=5e-4, sequence_length=20, burn_in=0),
     target_return=500.0,
-    validations_at_target=2,
+    validations_at_target=3,
     validate_every=2_000,
+    validation_episodes=100,
     checkpoint_every=10_000,
     cpu_threads=1,
 )

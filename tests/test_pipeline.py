@@ -112,7 +112,7 @@ def test_training_validation_and_test_never_share_a_seed() -> None:
 
 
 def test_an_early_stop_ends_every_stage_at_its_first_validation(tmp_path: Path) -> None:
-    recipe = tiny(target_return=1.0, validate_every=128)
+    recipe = tiny(target_return=1.0, validations_at_target=1, validate_every=128)
     results = run(recipe, tmp_path, 0, device="cpu")
     for stage in results["stages"]:
         assert len(stage["validation"]) == 1
