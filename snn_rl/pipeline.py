@@ -60,6 +60,10 @@ class Stage:
     def name(self) -> str:
         return "ann" if self.timesteps is None else f"T{self.timesteps}"
 
+    @property
+    def algorithm(self) -> type[DQN]:
+        return DQN if self.timesteps is None else SpikingDQN
+
 
 def run(
     recipe: Recipe,
@@ -183,7 +187,7 @@ def _train_stage(this: Run, stage: Stage) -> None:
         history.extra_steps += model.num_timesteps
         history.extra_updates += model._n_updates
         if (folder / "best.zip").is_file():
-            model = _load(this, stage, folder / "best.zip", env=None)
+            model = _load(this, stage.algorithm, folder / "best.zip")
     _export(this, stage, model, history)
 
 
@@ -196,7 +200,7 @@ def _begin(this: Run, stage: Stage) -> tuple[DQN, History]:
         return _new_ann(this, env), History()
     started = time.monotonic()
     config = this.recipe.snn
-    ann = _load(this, Stage(None, None), this.directory / "ann" / "model.zip", env=None)
+    ann = _load(this, DQN, this.directory / "ann" / "model.zip")
     kwargs: dict[str, Any] = {
         "learning_rate": LinearSchedule(config.learning_rate, config.learning_rate / 20, 1.0),
         "buffer_size": config.buffer_size,
@@ -233,7 +237,7 @@ def _begin(this: Run, stage: Stage) -> tuple[DQN, History]:
         )
     else:
         assert stage.parent is not None
-        parent = _load(this, Stage(stage.timesteps, None), this.directory / stage.parent / "model.zip", env=None)
+        parent = _load(this, SpikingDQN, this.directory / stage.parent / "model.zip")
         policy_kwargs = {**parent.policy_kwargs, "timesteps": stage.timesteps}
         model = SpikingDQN(SpikingDQNPolicy, env, policy_kwargs=policy_kwargs, **kwargs)
         model.policy.load_state_dict(parent.policy.state_dict(), strict=True)
@@ -284,8 +288,7 @@ def _new_ann(this: Run, env: VecEnv) -> DQN:
     )
 
 
-def _load(this: Run, stage: Stage, path: Path, env: VecEnv | None) -> DQN:
-    algorithm = DQN if stage.timesteps is None else SpikingDQN
+def _load(this: Run, algorithm: type[DQN], path: Path, env: VecEnv | None = None) -> DQN:
     try:
         return algorithm.load(path, env=env, device=this.device)
     except (OSError, ValueError, KeyError, RuntimeError, EOFError, AssertionError) as error:
@@ -395,11 +398,11 @@ def _resume(this: Run, stage: Stage) -> tuple[DQN, History] | None:
     folder = this.directory / stage.name
     if not (folder / "checkpoint.zip").is_file():
         return None
-    model = _load(this, stage, folder / "checkpoint.zip", env=this.env(this.recipe.num_envs, 0))
+    model = _load(this, stage.algorithm, folder / "checkpoint.zip", this.env(this.recipe.num_envs, 0))
     model.load_replay_buffer(folder / "checkpoint.replay.pkl")
     history = History(**read_json(folder / "checkpoint.json"))
     if isinstance(model, SpikingDQN):
-        model.teacher = _load(this, Stage(None, None), this.directory / "ann" / "model.zip", env=None)
+        model.teacher = _load(this, DQN, this.directory / "ann" / "model.zip")
     # The history may be one checkpoint ahead of the model, where a kill fell between the two.
     steps = model.num_timesteps
     kept = [n for n, at in enumerate(history.curve["env_steps"]) if at <= steps]

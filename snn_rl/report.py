@@ -33,7 +33,7 @@ def load_results(run_dir: str | Path) -> dict[str, Any]:
     """Read and check ``run_dir/results.json``.
 
     Raises:
-        ValueError: no such file, not JSON, or a key missing.
+        ValueError: no such file, not JSON, a key missing, or a value that the page cannot show.
     """
     path = Path(run_dir) / "results.json"
     if not path.is_file():
@@ -48,9 +48,38 @@ def load_results(run_dir: str | Path) -> dict[str, Any]:
         missing = STAGE_KEYS - stage.keys() if isinstance(stage, dict) else STAGE_KEYS
         if missing:
             raise ValueError(f"{path}: stage {index} lacks {sorted(missing)}; train again or restore it")
+        if problem := _problem(stage):
+            raise ValueError(f"{path}: stage {index}: {problem}; train again or restore it")
     if not results["stages"]:
         raise ValueError(f"{path} holds no finished stage yet")
     return results
+
+
+def _problem(stage: Stage) -> str | None:
+    """What in a stage the page could not show, or None."""
+
+    def is_number(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+
+    evaluation, curve, spiking = stage["eval"], stage["curve"], stage["timesteps"] is not None
+    if not isinstance(evaluation, dict) or not all(is_number(evaluation.get(k)) for k in ("mean", "std", "episodes")):
+        return "eval must hold the numbers mean, std and episodes"
+    if not isinstance(evaluation.get("returns"), list) or not all(map(is_number, evaluation["returns"])):
+        return "eval.returns must be a list of numbers"
+    steps, returns = (curve.get(k) if isinstance(curve, dict) else None for k in ("env_steps", "returns"))
+    if not isinstance(steps, list) or not isinstance(returns, list) or len(steps) != len(returns):
+        return "curve must hold the lists env_steps and returns, of one length"
+    if not is_number(stage["env_steps"]):
+        return f"env_steps must be a number, got {stage['env_steps']!r}"
+    rate = stage["spike_rate"]
+    if spiking and not (
+        isinstance(rate, dict) and is_number(rate.get("mean")) and isinstance(rate.get("layers"), dict)
+    ):
+        return "spike_rate must hold mean and layers"
+    for key in ("threshold", "leak"):
+        if not isinstance(stage[key], dict):
+            return f"{key} must map layers to numbers, got {stage[key]!r}"
+    return None
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -82,12 +111,16 @@ def _colour(index: int) -> str:
 
 
 def reward_curves(axes: Axes, results: Results) -> None:
-    """Training return of every stage over that stage's own environment steps."""
+    """Return of every stage over its own environment steps: in training as a line, on validation seeds as points."""
     for index, stage in enumerate(results["stages"]):
-        curve = stage["curve"]
+        curve, label = stage["curve"], stage["stage"]
         if curve["env_steps"]:
-            axes.plot(curve["env_steps"], curve["returns"], label=stage["stage"], color=_colour(index))
-    axes.set(xlabel="environment steps of the stage", ylabel="training return, mean of 100 episodes")
+            axes.plot(curve["env_steps"], curve["returns"], label=label, color=_colour(index))
+            label = None
+        if stage.get("validation"):
+            steps, means = zip(*stage["validation"], strict=True)
+            axes.plot(steps, means, "o:", label=label, color=_colour(index), markersize=4, linewidth=1)
+    axes.set(xlabel="environment steps of the stage", ylabel="return: training (line), validation (points)")
     axes.set_xscale("symlog", linthresh=1000)
     if axes.get_legend_handles_labels()[1]:
         axes.legend()
@@ -133,13 +166,17 @@ def _per_stage(key: str, label: str) -> Callable[[Axes, Results], None]:
             values = [stage[key].get(layer) for stage in stages]
             axes.plot([stage["stage"] for stage in stages], values, "o-", color=_colour(index), label=layer)
         axes.set(xlabel="stage", ylabel=label)
-        axes.legend()
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend()
 
     return draw
 
 
 FIGURES: dict[str, tuple[str, Callable[[Axes, Results], None]]] = {
-    "reward-curves": ("Training return of all stages.", reward_curves),
+    "reward-curves": (
+        "Training return of the stages, over the last episodes; a stage in which none ended has no line.",
+        reward_curves,
+    ),
     "return-per-T": (
         "Return of the evaluation per T; error bars are standard deviations over episodes.",
         return_per_timesteps,

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import imageio.v3 as imageio
+import imageio.v2 as imageio
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, VecMonitor, unwrap_vec_wrapper
 from torch import Tensor, nn
 
 from snn_rl.files import atomic
@@ -21,21 +21,24 @@ from snn_rl.policy_file import LoadedPolicy
 
 GAME_HEIGHT = 320  # pixels of the game in the picture
 PANEL_WIDTH = 260
+PANEL_HEIGHT = 65  # of one layer of four or so
 MARGIN = 8
 TEXT_HEIGHT = 14
 BACKGROUND = (16, 16, 24)
 TEXT = (220, 220, 220)
 FORMATS = (".gif", ".mp4")
+GIF_FPS = 50  # its clock ticks every 10 ms, and viewers slow down what changes at every tick
 
 
 def record(policy: LoadedPolicy, env: VecEnv, path: str | Path, *, steps: int = 300, fps: int = 15) -> float:
-    """Play greedily in one environment and write ``steps`` frames to a ``.gif`` or ``.mp4``; returns the score so far.
+    """Play greedily in one environment, write ``steps`` frames to a ``.gif`` or ``.mp4``; returns the sum of rewards.
 
     ``env`` must hold one environment with ``render_mode="rgb_array"``. Each LIF layer is drawn as a grid of its
     neurons (channels tiled, where it has them), brighter the more often a neuron fired in the frame's T micro-steps.
+    A ``.gif`` joins equal neighbouring frames into one that stands longer, and is kept in memory until it is written.
 
     Raises:
-        ValueError: another file ending, steps or fps below 1, an environment that draws nothing.
+        ValueError: another file ending, steps or fps out of range, an environment that draws nothing.
     """
     path = Path(path)
     if path.suffix not in FORMATS:
@@ -43,29 +46,50 @@ def record(policy: LoadedPolicy, env: VecEnv, path: str | Path, *, steps: int = 
     for name, value in (("steps", steps), ("fps", fps), ("num_envs of the environment", env.num_envs)):
         if value < 1:
             raise ValueError(f"{name} must be >= 1, got {value}")
+    if path.suffix == ".gif" and fps > GIF_FPS:
+        raise ValueError(f"a .gif plays at most {GIF_FPS} frames a second, got fps {fps}; write a .mp4 instead")
     if env.num_envs != 1:
         raise ValueError(f"only one environment can be watched, got {env.num_envs}")
     if env.render_mode != "rgb_array":
         raise ValueError(f"the environment's render_mode is {env.render_mode!r}; build it with 'rgb_array' to watch it")
     score = 0.0
-    frames = []
-    for image, reward in _play(policy, env, steps):
-        score += reward
-        frames.append(image)
     with atomic(path) as temporary:
         if path.suffix == ".gif":
-            # one palette for all frames keeps the file small and the colours still
-            palette = Image.fromarray(frames[-1]).quantize(64)
-            pictures = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-            pictures[0].save(temporary, save_all=True, append_images=pictures[1:], duration=1000 // fps, loop=0)
+            frames = []
+            for image, reward in _play(policy, env, steps):
+                score += reward
+                frames.append(image)
+            _write_gif(temporary, frames, fps)
         else:
-            imageio.imwrite(temporary, np.stack(frames), fps=fps, codec="libx264", macro_block_size=1)
+            writer: Any
+            with imageio.get_writer(temporary, fps=fps, codec="libx264", macro_block_size=1) as writer:
+                for image, reward in _play(policy, env, steps):
+                    score += reward
+                    writer.append_data(image)
     return score
+
+
+def _write_gif(path: Path, frames: Sequence[np.ndarray], fps: int) -> None:
+    # One palette for all frames keeps the file small and the colours still. It is made of the colours of every frame,
+    # each counted once: a spike is a few pixels, and may be in no frame but one.
+    colours = np.zeros(1 << 24, dtype=bool)
+    for frame in frames:
+        colours[frame.astype(np.uint32) @ np.array((1 << 16, 1 << 8, 1), dtype=np.uint32)] = True
+    used = np.flatnonzero(colours)
+    swatch = np.stack((used >> 16, used >> 8 & 255, used & 255), axis=-1).astype(np.uint8)
+    palette = Image.fromarray(swatch[None]).quantize(256)
+    pictures = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    # in steps of 10 ms, rounded where frames end, so that the whole neither hurries nor lags
+    durations = np.diff(np.round(np.arange(len(frames) + 1) * 100 / fps)).astype(int) * 10
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations.tolist(), loop=0)
 
 
 def _play(policy: LoadedPolicy, env: VecEnv, steps: int) -> Iterator[tuple[np.ndarray, float]]:
     """Pictures (height, width, 3) uint8 and rewards, one per environment step."""
     spikes: dict[str, np.ndarray] = {}
+    monitor = unwrap_vec_wrapper(env, VecMonitor)
+    if monitor is None:
+        raise ValueError("the environment must be monitored for its score; wrap it in a VecMonitor")
     with ExitStack() as stack:
         if isinstance(policy.network, SpikingNetwork):
             for name, lif in policy.network.lif_layers.items():
@@ -76,10 +100,13 @@ def _play(policy: LoadedPolicy, env: VecEnv, steps: int) -> Iterator[tuple[np.nd
             image = env.get_images()[0]
             assert image is not None
             actions, state = policy.predict(obs, state, start, deterministic=True)  # type: ignore[arg-type]
-            obs, rewards, start, _ = env.step(actions)
-            title = f"{'ANN' if policy.timesteps is None else f'T = {policy.timesteps}'}   score {score:g}"
-            yield draw(image, spikes, title), float(rewards[0])
-            score = 0.0 if start[0] else score + float(rewards[0])
+            obs, _, start, infos = env.step(actions)
+            name = "ANN" if policy.timesteps is None else f"T = {policy.timesteps}"
+            title = f"{name}   score {score:g}   action {actions[0]}"
+            # the monitor's score is the game's own, whatever the environment clips for learning
+            after = float(infos[0]["episode"]["r"] if start[0] else monitor.episode_returns[0])
+            yield draw(image, spikes, title), after - score
+            score = 0.0 if start[0] else after
 
 
 def _keep(spikes: dict[str, np.ndarray], name: str) -> Any:
@@ -109,6 +136,8 @@ def draw(game: np.ndarray, spikes: dict[str, np.ndarray], title: str) -> np.ndar
         room = (PANEL_WIDTH, share - TEXT_HEIGHT - MARGIN)
         zoom = min(room[0] / grid.shape[1], room[1] / grid.shape[0])
         size = (max(1, int(grid.shape[1] * zoom)), max(1, int(grid.shape[0] * zoom)))
+        if zoom < 1:
+            grid = _shrink(grid, size[1], size[0])
         picture.paste(Image.fromarray(_colours(grid)).resize(size, Image.Resampling.NEAREST), (x, y + TEXT_HEIGHT))
     return np.asarray(picture)
 
@@ -117,8 +146,12 @@ def tile(fired: np.ndarray) -> np.ndarray:
     """Lay a layer out as one grid (rows, columns): channels side by side, or neurons in reading order; unused: NaN."""
     if fired.ndim == 3:
         channels, height, width = fired.shape
-        columns = math.ceil(math.sqrt(2 * channels * height / width))
-        columns = min(columns, channels)
+
+        def zoom(columns: int) -> float:
+            rows = math.ceil(channels / columns)
+            return min(PANEL_WIDTH / (columns * (width + 1) - 1), PANEL_HEIGHT / (rows * (height + 1) - 1))
+
+        columns = max(range(1, channels + 1), key=zoom)
         rows = math.ceil(channels / columns)
         grid = np.full((rows * (height + 1) - 1, columns * (width + 1) - 1), np.nan, dtype=np.float32)
         for c, channel in enumerate(fired):
@@ -129,6 +162,13 @@ def tile(fired: np.ndarray) -> np.ndarray:
     columns = min(len(flat), math.ceil(math.sqrt(4 * len(flat))))
     grid = np.full((math.ceil(len(flat) / columns), columns), np.nan, dtype=np.float32)
     grid.reshape(-1)[: len(flat)] = flat
+    return grid
+
+
+def _shrink(grid: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The maximum over each block: where there is less than a pixel per neuron, no spike is lost."""
+    for axis, size in enumerate((height, width)):
+        grid = np.fmax.reduceat(grid, np.arange(size) * grid.shape[axis] // size, axis=axis)
     return grid
 
 

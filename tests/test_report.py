@@ -131,6 +131,18 @@ def broken(change: str) -> Any:
         results["stages"] = []
     elif change == "list":
         return [1, 2]
+    elif change == "mean":
+        results["stages"][1]["eval"]["mean"] = None
+    elif change == "returns":
+        del results["stages"][0]["eval"]["returns"]
+    elif change == "curve":
+        results["stages"][0]["curve"]["returns"].pop()
+    elif change == "steps":
+        results["stages"][2]["env_steps"] = None
+    elif change == "rate":
+        results["stages"][2]["spike_rate"] = None
+    elif change == "leak":
+        results["stages"][2]["leak"] = None
     return results
 
 
@@ -141,6 +153,12 @@ def broken(change: str) -> Any:
         ("key", r"lacks \['hardware'\]"),
         ("no stages", "holds no finished stage"),
         ("list", "no list of stages"),
+        ("mean", "stage 1: eval must hold the numbers mean, std and episodes"),
+        ("returns", "stage 0: eval.returns must be a list"),
+        ("curve", "stage 0: curve must hold the lists env_steps and returns, of one length"),
+        ("steps", "stage 2: env_steps must be a number, got None"),
+        ("rate", "stage 2: spike_rate must hold mean and layers"),
+        ("leak", "stage 2: leak must map layers to numbers, got None"),
     ],
 )
 def test_broken_results_are_named(change: str, message: str, tmp_path: Path) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import imageio.v3 as imageio
 import numpy as np
 import pytest
+from PIL import Image
 from stable_baselines3.common.env_util import make_vec_env
 
+import snn_rl.watch as watch
 from envs.classic import make_cartpole
 from scripts.watch import main
 from snn_rl import SpikingDQN, save_policy
@@ -60,6 +63,64 @@ def test_a_neuron_that_fires_is_lit() -> None:
     assert int((x.mean() - columns.min()) / width * grid.shape[1]) == column
 
 
+@pytest.mark.parametrize("shape", [(32, 20, 20), (64, 9, 9), (128, 40, 40), (512,)])
+def test_no_spike_is_too_small_to_be_drawn(shape: tuple[int, ...]) -> None:
+    game = np.zeros((210, 160, 3), dtype=np.uint8)
+    random = np.random.default_rng(0)
+    for _ in range(40):
+        fired = np.zeros(shape, dtype=np.float32)
+        fired.reshape(-1)[random.integers(fired.size)] = 1.0
+        spikes = {"layer": fired, **{str(n): np.zeros(16, dtype=np.float32) for n in range(3)}}
+        assert (draw(game, spikes, "") == (255, 220, 80)).all(-1).any()
+
+
+def test_a_gif_shows_spikes_that_are_in_one_frame_alone(
+    policy_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frames = []
+
+    def draw_one(game: np.ndarray, spikes: dict[str, np.ndarray], title: str) -> np.ndarray:
+        (name,) = spikes
+        fired = np.zeros(16, dtype=np.float32)
+        fired[3] = len(frames) == 2  # silence before and after
+        frames.append(draw(game, {name: fired}, title))
+        return frames[-1]
+
+    monkeypatch.setattr(watch, "draw", draw_one)
+    env = make_cartpole(1, seed=0, render_mode="rgb_array")
+    record(load_policy(policy_file), env, tmp_path / "play.gif", steps=6, fps=15)
+    with Image.open(tmp_path / "play.gif") as video:
+        assert video.n_frames == 6  # type: ignore[attr-defined]
+        milliseconds = 0
+        for n, frame in enumerate(frames):
+            video.seek(n)
+            milliseconds += video.info["duration"]
+            written = np.asarray(video.convert("RGB")).astype(int)
+            lit = (frame == (255, 220, 80)).all(-1)
+            assert lit.any() == (n == 2)
+            assert (np.abs(written - frame)[lit] < 30).all()
+    assert milliseconds == 400
+
+
+@pytest.mark.parametrize("ending", [".gif", ".mp4"])
+def test_a_failure_leaves_the_old_video(
+    ending: str, policy_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / f"play{ending}"
+    path.write_bytes(b"old")
+    count = iter(range(10))
+
+    def fail(*arguments: Any) -> np.ndarray:
+        if next(count) == 3:
+            raise OSError("No space left on device")
+        return draw(*arguments)
+
+    monkeypatch.setattr(watch, "draw", fail)
+    with pytest.raises(OSError, match="No space left"):
+        record(load_policy(policy_file), make_cartpole(1, seed=0, render_mode="rgb_array"), path, steps=6)
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [(path.name, b"old")]
+
+
 def test_channels_are_tiled_apart() -> None:
     fired = np.arange(4 * 3 * 3, dtype=np.float32).reshape(4, 3, 3)
     grid = tile(fired)
@@ -76,6 +137,8 @@ def test_bad_input_is_named(policy_file: Path, tmp_path: Path, capsys: pytest.Ca
     assert "no policy file at" in capsys.readouterr().err
     assert main([str(policy_file), "--video", video, "--steps", "0"]) == 2
     assert "steps must be >= 1, got 0" in capsys.readouterr().err
+    assert main([str(policy_file), "--video", video, "--fps", "60"]) == 2
+    assert "at most 50 frames a second, got fps 60; write a .mp4" in capsys.readouterr().err
     assert main([str(policy_file), "--video", video, "--sticky", "0.5"]) == 2
     assert "unexpected keyword argument 'sticky'" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
