@@ -155,7 +155,14 @@ class Recipe:
         ann = replace(self.ann, env_steps=1_024, learning_starts=256, buffer_size=2_000, exploration_steps=256)
         snn = replace(self.snn, parent_steps=256, distillation_updates=4, env_steps=256, buffer_size=2_000)
         return replace(
-            self, ann=ann, snn=snn, total_snn_steps=None, validate_every=100_000, eval_episodes=2, checkpoint_every=512
+            self,
+            ann=ann,
+            snn=snn,
+            total_snn_steps=None,
+            validate_every=100_000,
+            validation_episodes=2,
+            eval_episodes=2,
+            checkpoint_every=512,
         )
 
     def as_dict(self) -> dict[str, Any]:
