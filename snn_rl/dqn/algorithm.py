@@ -436,9 +436,10 @@ def distillation_loss(q_t: Tensor, teacher_t: Tensor, mask: Tensor, temperature:
 
     Two terms, each free of the reward's scale: the Kullback-Leibler divergence between the softmaxes of the advantages
     (policy distillation, Rusu et al. 2016), whose temperature is ``temperature`` standard deviations of the teacher's;
-    and a tenth of the squared error of the values in units of the teacher's variance. Q-values differ far more
-    between states than between actions, so a plain squared error learns the value and leaves the choice of action
-    to noise.
+    and a tenth of the Huber loss of the values in units of the teacher's standard deviation. Q-values differ far more
+    between states than between actions, so a plain squared error learns the value and leaves the choice of action to
+    noise; and where a good agent's values hardly differ between states either, a squared error in their units would
+    drown all else.
     """
     value, value_teacher = q_t.mean(-1, keepdim=True), teacher_t.mean(-1, keepdim=True)
     advantage, advantage_teacher = q_t - value, teacher_t - value_teacher
@@ -449,8 +450,8 @@ def distillation_loss(q_t: Tensor, teacher_t: Tensor, mask: Tensor, temperature:
         reduction="none",
         log_target=True,
     ).sum(-1)
-    variance = value_teacher.var(correction=0).clamp(min=1e-6)
-    loss = divergence + 0.1 * ((value - value_teacher) ** 2).squeeze(-1) / variance
+    spread = value_teacher.std(correction=0).clamp(min=1e-6)
+    loss = divergence + 0.1 * F.smooth_l1_loss(value / spread, value_teacher / spread, reduction="none").squeeze(-1)
     return (loss * mask).sum() / mask.sum().clamp(min=1)
 
 
