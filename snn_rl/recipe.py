@@ -70,7 +70,7 @@ class SnnConfig:
     exploration_eps: float = 0.04
     td_weight: float = 0.0
     distillation_weight: float = 1.0
-    distillation_temperature: float = 0.3
+    distillation_temperature: float = 0.5
     adam_eps: float = 1e-8
     max_grad_norm: float = 10.0
 

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from snn_rl.activity import count_spikes
 from snn_rl.convert import DEFAULT_LEAK, DEFAULT_PERCENTILE, to_spiking
+from snn_rl.dqn.losses import distillation_loss, n_step_returns
 from snn_rl.dqn.policy import CnnPolicy, MlpPolicy, NumpyState, SpikingDQNPolicy, SpikingQNetwork, q_network_ann
 from snn_rl.dqn.replay import SequenceReplayBuffer, Windows, frame_stack_of
 from snn_rl.network import State
@@ -43,7 +44,7 @@ class SpikingDQN(DQN):
         n_steps: of the n-step return inside a window.
         td_weight: weight of the temporal-difference loss.
         distillation_weight: of `distillation_loss` against the Q-values of ``self.teacher``, on the same windows.
-        distillation_temperature: of its softmax, in standard deviations of the teacher's advantages.
+        distillation_temperature: of its softmax, in medians of the teacher's spread between best and worst action.
 
     Targets are double-Q (van Hasselt et al. 2016); online and target network burn in separately, each under its own
     weights, from silence (Kapturowski et al. 2019). Updates begin once every environment has stored
@@ -83,7 +84,7 @@ class SpikingDQN(DQN):
         burn_in: int = 8,
         td_weight: float = 1.0,
         distillation_weight: float = 0.0,
-        distillation_temperature: float = 0.3,
+        distillation_temperature: float = 0.5,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -429,53 +430,6 @@ class SpikingDQN(DQN):
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "teacher", "_actor"]
-
-
-def distillation_loss(q_t: Tensor, teacher_t: Tensor, mask: Tensor, temperature: float) -> Tensor:
-    """How far Q-values (..., actions) are from a teacher's, over the entries of ``mask`` (...); a scalar >= 0.
-
-    Two terms, each free of the reward's scale: the Kullback-Leibler divergence between the softmaxes of the advantages
-    (policy distillation, Rusu et al. 2016), whose temperature is ``temperature`` standard deviations of the teacher's;
-    and a tenth of the Huber loss of the values in units of the teacher's standard deviation. Q-values differ far more
-    between states than between actions, so a plain squared error learns the value and leaves the choice of action to
-    noise; and where a good agent's values hardly differ between states either, a squared error in their units would
-    drown all else.
-    """
-    value, value_teacher = q_t.mean(-1, keepdim=True), teacher_t.mean(-1, keepdim=True)
-    advantage, advantage_teacher = q_t - value, teacher_t - value_teacher
-    scale = temperature * advantage_teacher.std(correction=0).clamp(min=1e-6)
-    divergence = F.kl_div(
-        F.log_softmax(advantage / scale, -1),
-        F.log_softmax(advantage_teacher / scale, -1),
-        reduction="none",
-        log_target=True,
-    ).sum(-1)
-    spread = value_teacher.std(correction=0).clamp(min=1e-6)
-    loss = divergence + 0.1 * F.smooth_l1_loss(value / spread, value_teacher / spread, reduction="none").squeeze(-1)
-    return (loss * mask).sum() / mask.sum().clamp(min=1)
-
-
-def n_step_returns(
-    windows: Windows, start: int, length: int, n_steps: int, gamma: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """n-step returns of the slots ``start .. start + length - 1``, each of shape (length, batch).
-
-    Returns the discounted rewards up to the end of the episode or n steps; the slot, counted from ``start``, to
-    bootstrap at; and the discount of that bootstrap, 0 where the episode terminated. A truncated episode bootstraps
-    at its terminal observation, which is a slot of its own.
-    """
-    rewards = torch.zeros_like(windows.rewards[start : start + length])
-    steps = torch.zeros_like(windows.actions[start : start + length])
-    going = torch.ones_like(windows.acted[start : start + length])
-    terminated = torch.zeros_like(going)
-    for j in range(n_steps):
-        here = slice(start + j, start + j + length)
-        going = going & windows.acted[here]
-        rewards = rewards + going * gamma**j * windows.rewards[here]
-        terminated = terminated | (going & windows.terminated[here])
-        steps = steps + going
-    slot = torch.arange(length, device=steps.device).unsqueeze(1) + steps
-    return rewards, slot, gamma**steps * ~terminated
 
 
 def _play(dqn: DQN, env: VecEnv, steps: int) -> Iterator[np.ndarray]:

@@ -27,8 +27,7 @@ from torch.nn import functional as F
 
 from snn_rl import SpikingDQN
 from snn_rl.dqn import SequenceReplayBuffer
-from snn_rl.dqn.algorithm import distillation_loss, n_step_returns
-from snn_rl.dqn.replay import Windows
+from tests.dqn.test_losses import random_windows
 
 TINY: dict[str, Any] = {
     "buffer_size": 2_000,
@@ -203,55 +202,12 @@ def test_an_evaluation_in_the_middle_of_training_changes_nothing() -> None:
 # --- learning
 
 
-def windows(length: int, batch: int, seed: int = 0) -> Windows:
-    rng = torch.Generator().manual_seed(seed)
-
-    def flags(p: float) -> torch.Tensor:
-        return torch.rand(length, batch, generator=rng) < p
-
-    acted = flags(0.8)
-    return Windows(
-        torch.randn(length, batch, 4, generator=rng),
-        torch.randint(0, 2, (length, batch), generator=rng),
-        torch.randn(length, batch, generator=rng),
-        acted,
-        flags(0.2) & acted,
-        flags(0.1),
-    )
-
-
-@pytest.mark.parametrize("n", [1, 3, 5])
-def test_n_step_returns_by_a_plain_loop(n: int) -> None:
-    start, length, gamma = 2, 6, 0.9
-    w = windows(start + length + n, 50)
-    returns, slot, discount = n_step_returns(w, start, length, n, gamma)
-    for b in range(50):
-        for t in range(length):
-            total, weight, at, terminated = 0.0, 1.0, start + t, False
-            for _ in range(n):
-                if not w.acted[at, b]:
-                    break
-                total += weight * w.rewards[at, b].item()
-                weight *= gamma
-                terminated = bool(w.terminated[at, b])
-                at += 1
-                if terminated:
-                    break
-            # behind a terminated step comes its terminal observation, from which no action is taken; where random
-            # flags say otherwise the buffer would never have, so only rows that can occur are compared
-            if terminated and w.acted[at, b] and at < start + t + n:
-                continue
-            assert returns[t, b].item() == pytest.approx(total, abs=1e-5)
-            assert slot[t, b].item() == at - start
-            assert discount[t, b].item() == pytest.approx(0.0 if terminated else weight, abs=1e-6)
-
-
 def test_the_td_loss_by_hand() -> None:
     agent = model(gamma=0.9)
     torch.manual_seed(1)
     for p in agent.q_net_target.parameters():
         p.data += 0.05 * torch.randn_like(p)
-    w = windows(agent.window_length, 6)
+    w = random_windows(agent.window_length, 6)
     w = w._replace(terminated=w.terminated & False)
     with torch.no_grad():
         # the whole window in one piece: burn-in is the same computation without gradient
@@ -272,7 +228,7 @@ def test_the_td_loss_by_hand() -> None:
 
 def test_gradients_flow_through_the_trained_frames_only() -> None:
     agent = model()
-    w = windows(agent.window_length, 6)
+    w = random_windows(agent.window_length, 6)
     w.observations.requires_grad_()
     agent._loss(w).backward()
     gradient = w.observations.grad
@@ -281,22 +237,6 @@ def test_gradients_flow_through_the_trained_frames_only() -> None:
     assert moved[2:6].all()  # sequence
     assert not moved[:2].any()  # burn-in
     assert not moved[6:].any()  # bootstrap
-
-
-def test_distillation_loss_is_zero_at_the_teacher_and_ignores_masked_entries() -> None:
-    torch.manual_seed(0)
-    teacher = torch.randn(5, 4, 3)
-    mask = torch.rand(5, 4) < 0.7
-    assert distillation_loss(teacher, teacher, mask, 0.3).item() == pytest.approx(0.0, abs=1e-6)
-    student = teacher + torch.randn_like(teacher)
-    spoiled = student.clone()
-    spoiled[~mask] += 100
-    assert distillation_loss(student, teacher, mask, 0.3) > 0
-    assert distillation_loss(student, teacher, mask, 0.3) == distillation_loss(spoiled, teacher, mask, 0.3)
-    # neither the scale nor the offset of the return matters
-    torch.testing.assert_close(
-        distillation_loss(student, teacher, mask, 0.3), distillation_loss(7 * student + 3, 7 * teacher + 3, mask, 0.3)
-    )
 
 
 def test_learning_moves_every_parameter() -> None:
