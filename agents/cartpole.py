@@ -37,26 +37,13 @@ CARTPOLE = Recipe(
     cpu_threads=1,
 )
 
-# Velocity is to be had from the membranes alone: the ANN can teach little, so the stages learn by TD on their own play.
+# Velocity is to be had from the membranes alone. The ANN sees the last eight positions and teaches; the spiking agent
+# sees one. Its first layer remembers over 1 / (1 - leak) = 5 micro-steps, and a window warms up over the eight frames
+# that the teacher needs.
 CARTPOLE_NO_VELOCITY = dataclasses.replace(
     CARTPOLE,
     name="cartpole-no-velocity",
     env_kwargs={"velocities": False},
-    ann=dataclasses.replace(CARTPOLE.ann, env_steps=20_000),
-    snn=SnnConfig(
-        parent_steps=2_000,
-        distillation_updates=0,
-        env_steps=80_000,
-        learning_rate=1e-3,
-        sequence_length=16,
-        burn_in=8,
-        train_every=16,
-        gradient_steps=4,
-        n_steps=3,
-        target_update_every=500,
-        exploration_eps=0.05,
-        td_weight=1.0,
-        distillation_weight=0.0,
-    ),
-    validate_every=4_000,
+    ann_env_kwargs={"frame_stack": 8},
+    snn=dataclasses.replace(CARTPOLE.snn, leak=0.8, distillation_updates=2_000, burn_in=10, exploration_eps=0.05),
 )

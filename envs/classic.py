@@ -5,21 +5,25 @@ from __future__ import annotations
 import gymnasium as gym
 import numpy as np
 from gymnasium.wrappers import TransformObservation
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecFrameStack, VecMonitor
 
 POSITIONS = [0, 2]  # cart position and pole angle; 1 and 3 are their velocities
 
 
-def make_cartpole(num_envs: int, *, seed: int, velocities: bool = True, render_mode: str | None = None) -> VecEnv:
+def make_cartpole(
+    num_envs: int, *, seed: int, velocities: bool = True, frame_stack: int = 1, render_mode: str | None = None
+) -> VecEnv:
     """Build ``num_envs`` monitored copies of CartPole-v1, seeded ``seed, seed + 1, ...`` at their first reset.
 
-    With ``velocities=False`` an observation is (cart position, pole angle), shape (2,): the agent has to remember.
+    With ``velocities=False`` an observation is (cart position, pole angle), shape (2,): the agent has to remember,
+    unless ``frame_stack`` > 1 shows it the last observations as well, shape (frame_stack * 2,), newest last.
 
     Raises:
-        ValueError: no environment asked for, or a seed out of range.
+        ValueError: no environment asked for, or a stack or a seed out of range.
     """
-    if num_envs < 1:
-        raise ValueError(f"num_envs must be >= 1, got {num_envs}")
+    for name, value in (("num_envs", num_envs), ("frame_stack", frame_stack)):
+        if value < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}")
     if not 0 <= seed < 2**31 - num_envs:
         raise ValueError(f"seed must lie in [0, 2**31 - num_envs), got {seed}")
 
@@ -32,6 +36,6 @@ def make_cartpole(num_envs: int, *, seed: int, velocities: bool = True, render_m
         space = gym.spaces.Box(full.low[POSITIONS], full.high[POSITIONS], dtype=np.float32)
         return TransformObservation(env, lambda observation: observation[POSITIONS], space)
 
-    env = VecMonitor(DummyVecEnv([make] * num_envs))
+    env: VecEnv = VecMonitor(DummyVecEnv([make] * num_envs))
     env.seed(seed)
-    return env
+    return env if frame_stack == 1 else VecFrameStack(env, frame_stack)

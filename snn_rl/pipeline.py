@@ -26,6 +26,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from snn_rl.dqn import ConvExtractor, SequenceReplayBuffer, SpikingDQN, SpikingDQNPolicy
 from snn_rl.dqn.replay import frame_stack_of
+from snn_rl.dqn.teacher import StackedTeacher
 from snn_rl.evaluation import evaluate, spiking_network
 from snn_rl.files import atomic, read_json, write_json
 from snn_rl.policy_file import load_policy, save_policy
@@ -45,8 +46,16 @@ class Run:
     device: str
     progress_bar: bool = False
 
-    def env(self, num_envs: int, seeds_from: int) -> VecEnv:
-        return self.recipe.build_env(num_envs, seeds_from + self.seed * SEEDS_PER_RUN)
+    def env(self, stage: Stage, num_envs: int, seeds_from: int) -> VecEnv:
+        return self.recipe.build_env(num_envs, seeds_from + self.seed * SEEDS_PER_RUN, **self.env_kwargs(stage))
+
+    def env_kwargs(self, stage: Stage) -> dict[str, Any]:
+        ann = self.recipe.ann_env_kwargs if stage.timesteps is None else {}
+        return {**self.recipe.env_kwargs, **ann}
+
+    def teacher(self, ann: DQN, env: VecEnv) -> DQN | StackedTeacher:
+        """The ANN as it can act in a spiking stage's environment."""
+        return ann if ann.observation_space == env.observation_space else StackedTeacher(ann, env.observation_space)
 
 
 @dataclass(frozen=True)
@@ -166,7 +175,7 @@ def _train_stage(this: Run, stage: Stage) -> None:
     folder = this.directory / stage.name
     folder.mkdir(parents=True, exist_ok=True)
     if stage.timesteps is None and stage.parent is not None:
-        model, history = _load_ann(this, Path(stage.parent)), History()
+        model, history = _load_ann(this, stage, Path(stage.parent)), History()
         history.extra_steps, history.extra_updates = model.num_timesteps, model._n_updates
     else:
         model, history = _resume(this, stage) or _begin(this, stage)
@@ -195,7 +204,7 @@ def _begin(this: Run, stage: Stage) -> tuple[DQN, History]:
     """A stage's algorithm before its first step of learning on its own play."""
     for leftover in ("best.zip", "checkpoint.zip"):
         (this.directory / stage.name / leftover).unlink(missing_ok=True)
-    env = this.env(this.recipe.num_envs, 0)
+    env = this.env(stage, this.recipe.num_envs, 0)
     if stage.timesteps is None:
         return _new_ann(this, env), History()
     started = time.monotonic()
@@ -222,8 +231,9 @@ def _begin(this: Run, stage: Stage) -> tuple[DQN, History]:
         "seed": this.seed,
         "device": this.device,
     }
+    before = ann
     if stage.parent == "ann":
-        parent: DQN = ann
+        parent: DQN | StackedTeacher = this.teacher(ann, env)
         model = SpikingDQN.from_ann(
             ann,
             env,
@@ -237,12 +247,13 @@ def _begin(this: Run, stage: Stage) -> tuple[DQN, History]:
         )
     else:
         assert stage.parent is not None
-        parent = _load(this, SpikingDQN, this.directory / stage.parent / "model.zip")
-        policy_kwargs = {**parent.policy_kwargs, "timesteps": stage.timesteps}
+        before = parent = _load(this, SpikingDQN, this.directory / stage.parent / "model.zip")
+        policy_kwargs = {**before.policy_kwargs, "timesteps": stage.timesteps}
         model = SpikingDQN(SpikingDQNPolicy, env, policy_kwargs=policy_kwargs, **kwargs)
-        model.policy.load_state_dict(parent.policy.state_dict(), strict=True)
-    model.teacher = ann
-    parent.exploration_rate = config.exploration_eps
+        model.policy.load_state_dict(before.policy.state_dict(), strict=True)
+    model.teacher = this.teacher(ann, env)
+    for agent in (ann, before):
+        agent.exploration_rate = config.exploration_eps
     model.set_logger(configure(str(this.directory / stage.name), []))
     model.collect(parent, config.parent_steps)
     if config.distillation_updates and config.distillation_weight:
@@ -295,12 +306,12 @@ def _load(this: Run, algorithm: type[DQN], path: Path, env: VecEnv | None = None
         raise ValueError(f"{path} is not a readable {algorithm.__name__} ({_one_line(error)}); remove it") from error
 
 
-def _load_ann(this: Run, path: Path) -> DQN:
+def _load_ann(this: Run, stage: Stage, path: Path) -> DQN:
     try:
         model = DQN.load(path, device=this.device)
     except Exception as error:  # unpickling a foreign file may raise anything
         raise ValueError(f"{path} is not a readable SB3 DQN: {_one_line(error)}") from error
-    env = this.env(1, 0)
+    env = this.env(stage, 1, 0)
     for name in ("observation_space", "action_space"):
         ours, theirs = getattr(model, name), getattr(env, name)
         if ours != theirs:
@@ -372,7 +383,7 @@ class StageCallback(BaseCallback):
     def _validate(self) -> None:
         recipe = self.this.recipe
         if self.env is None:
-            self.env = self.this.env(recipe.validation_episodes, VALIDATION_SEEDS)
+            self.env = self.this.env(self.stage, recipe.validation_episodes, VALIDATION_SEEDS)
         self.env.seed(VALIDATION_SEEDS + self.this.seed * SEEDS_PER_RUN)  # the same episodes at every validation
         mean = evaluate(self.model, self.env, recipe.validation_episodes).mean  # type: ignore[arg-type]
         best = max((m for _, m in self.history.validation), default=-np.inf)
@@ -398,11 +409,12 @@ def _resume(this: Run, stage: Stage) -> tuple[DQN, History] | None:
     folder = this.directory / stage.name
     if not (folder / "checkpoint.zip").is_file():
         return None
-    model = _load(this, stage.algorithm, folder / "checkpoint.zip", this.env(this.recipe.num_envs, 0))
+    env = this.env(stage, this.recipe.num_envs, 0)
+    model = _load(this, stage.algorithm, folder / "checkpoint.zip", env)
     model.load_replay_buffer(folder / "checkpoint.replay.pkl")
     history = History(**read_json(folder / "checkpoint.json"))
     if isinstance(model, SpikingDQN):
-        model.teacher = _load(this, DQN, this.directory / "ann" / "model.zip")
+        model.teacher = this.teacher(_load(this, DQN, this.directory / "ann" / "model.zip"), env)
     # The history may be one checkpoint ahead of the model, where a kill fell between the two.
     steps = model.num_timesteps
     kept = [n for n, at in enumerate(history.curve["env_steps"]) if at <= steps]
@@ -423,12 +435,12 @@ def _export(this: Run, stage: Stage, model: DQN, history: History) -> None:
     provenance = {
         "recipe": recipe.name,
         "env_id": recipe.env_id,
-        "env_kwargs": recipe.env_kwargs,
+        "env_kwargs": this.env_kwargs(stage),
         "seed": this.seed,
         "stage": stage.name,
     }
     save_policy(model, folder / "policy.safetensors", provenance)
-    env = this.env(recipe.eval_episodes, TEST_SEEDS)
+    env = this.env(stage, recipe.eval_episodes, TEST_SEEDS)
     # What is shared is what is measured: the policy as it comes back from its file.
     evaluation = evaluate(load_policy(folder / "policy.safetensors", this.device), env, recipe.eval_episodes)
     env.close()

@@ -79,6 +79,8 @@ class SnnConfig:
 class Recipe:
     """One agent: environment, network, hyperparameters, stages.
 
+    ``ann_env_kwargs`` may let the ANN see a stack of frames (``frame_stack``) where the spiking agent sees one: the ANN
+    then teaches, by distillation, what the membranes have to remember.
     ``schedule`` lists the micro-steps per frame of the spiking stages, decreasing: 5-4-3-2-1, 5-3-1, or 1 alone,
     straight from the ANN. ``total_snn_steps`` is a budget of environment steps for all of them together, divided
     equally (the paper's cheap variant); None gives each stage ``snn.env_steps``. A stage stops early where its return
@@ -93,6 +95,7 @@ class Recipe:
     env_id: str
     make_env: Callable[..., Any] = field(repr=False)  # returns a VecEnv; SB3's own type would import torch
     env_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
+    ann_env_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)  # added in the ANN stage
     num_envs: int = 8
     network: NetworkConfig = field(default_factory=NetworkConfig)
     ann: AnnConfig = field(default_factory=AnnConfig)
@@ -123,6 +126,14 @@ class Recipe:
                     raise ValueError(f"{prefix}{name} must lie in [0, 1], got {value}")
         if not 0 < self.snn.percentile <= 100:
             raise ValueError(f"snn.percentile must lie in (0, 100], got {self.snn.percentile}")
+        frames = int(self.ann_env_kwargs.get("frame_stack", 1)) // int(self.env_kwargs.get("frame_stack", 1))
+        if frames > 1 and self.snn.burn_in < frames - 1:
+            raise ValueError(
+                f"snn.burn_in must be >= {frames - 1}, got {self.snn.burn_in}: the ANN that teaches sees {frames} "
+                "frames"
+            )
+        if frames > 1 and self.network.convolutions:
+            raise ValueError("an ANN on stacked frames can teach a spiking agent without convolutions alone")
         if max(self.num_envs, self.validation_episodes, self.eval_episodes) > SEEDS_PER_RUN:
             raise ValueError(f"num_envs and the numbers of episodes must be <= {SEEDS_PER_RUN}")
         for config in (self.ann, self.snn):

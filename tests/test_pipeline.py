@@ -149,6 +149,18 @@ def test_an_sb3_dqn_from_elsewhere_takes_the_anns_place(tmp_path: Path) -> None:
     assert load_policy(tmp_path / "run" / "T1" / "policy.safetensors").metadata["net_arch"] == [24]
 
 
+def test_an_ann_on_a_stack_teaches_an_agent_on_one_frame(tmp_path: Path) -> None:
+    recipe = RECIPES["cartpole-no-velocity"].smoke()
+    recipe = dataclasses.replace(recipe, schedule=(2, 1), network=tiny().network)
+    run(recipe, tmp_path, 0, device="cpu")
+    for stage, width in (("ann", 16), ("T2", 2), ("T1", 2)):
+        policy = load_policy(tmp_path / stage / "policy.safetensors")
+        assert policy.observation_space.shape == (width,)
+        # enough to build the environment again
+        env = recipe.build_env(1, 0, **policy.metadata["provenance"]["env_kwargs"])
+        assert env.observation_space == policy.observation_space
+
+
 def test_a_total_budget_is_divided_among_the_stages(tmp_path: Path) -> None:
     recipe = tiny(total_snn_steps=256)
     assert recipe.snn_steps == 128
@@ -309,6 +321,7 @@ sys.exit(main(["--smoke", "--schedule", "1", "--run-dir", {str(tmp_path / "run")
         ({"num_envs": 3}, "train_every must be a multiple of num_envs"),
         ({"eval_episodes": 0}, "eval_episodes must be >= 1, got 0"),
         ({"eval_episodes": 5000}, "must be <= 1000"),
+        ({"ann_env_kwargs": {"frame_stack": 4}}, "snn.burn_in must be >= 3, got 0: the ANN that teaches sees 4 frames"),
     ],
 )
 def test_bad_recipes_are_named(changes: dict[str, Any], message: str) -> None:

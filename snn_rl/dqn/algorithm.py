@@ -21,10 +21,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from snn_rl.activity import count_spikes
-from snn_rl.convert import DEFAULT_LEAK, DEFAULT_PERCENTILE, to_spiking
+from snn_rl.convert import DEFAULT_LEAK, DEFAULT_PERCENTILE, spread_first_synapse, to_spiking
 from snn_rl.dqn.losses import distillation_loss, n_step_returns
 from snn_rl.dqn.policy import CnnPolicy, MlpPolicy, NumpyState, SpikingDQNPolicy, SpikingQNetwork, q_network_ann
 from snn_rl.dqn.replay import SequenceReplayBuffer, Windows, frame_stack_of
+from snn_rl.dqn.teacher import StackedTeacher, frames_of
 from snn_rl.network import State
 
 SelfSpikingDQN = TypeVar("SelfSpikingDQN", bound="SpikingDQN")
@@ -117,10 +118,10 @@ class SpikingDQN(DQN):
         self.td_weight = td_weight
         self.distillation_weight = distillation_weight
         self.distillation_temperature = distillation_temperature
-        self.teacher: DQN | None = None  # set by whoever trains with a distillation loss; never saved
+        self.teacher: DQN | StackedTeacher | None = None  # set by whoever trains with a distillation loss; never saved
         self._last_state: NumpyState | None = None  # aligned with `_last_obs`: the membranes before it is seen
         self._next_state: NumpyState | None = None  # after it was seen; committed with the transition
-        self._actor: DQN | None = None  # who acts in place of this agent, while `collect` runs
+        self._actor: DQN | StackedTeacher | None = None  # who acts in place of this agent, while `collect` runs
         try:
             super().__init__(
                 policy,
@@ -312,7 +313,9 @@ class SpikingDQN(DQN):
         """`distillation_loss` against the teacher, which sees each window from silence as this agent does."""
         assert self.teacher is not None
         with torch.no_grad():
-            if isinstance(self.teacher, SpikingDQN):
+            if isinstance(self.teacher, StackedTeacher):
+                teacher_t = self.teacher.q_values(windows, self.burn_in, self.sequence_length)
+            elif isinstance(self.teacher, SpikingDQN):
                 teacher_t, _ = self._unroll(self.teacher.q_net, windows)
             else:
                 obs = self._trained(windows.observations)
@@ -339,6 +342,10 @@ class SpikingDQN(DQN):
 
         ``kwargs`` are this class's own arguments; gamma and the network's options are the DQN's.
 
+        Where ``env`` shows one frame and the DQN was trained on a stack of them, its first synapse has no counterpart:
+        the agent has the DQN's layers, but starts from new weights (`spread_first_synapse`), to be taught by it. Such
+        an agent's ``teacher``, and the actor of its first `collect`, is a `StackedTeacher`.
+
         Raises:
             ValueError: spaces of ``env`` that are not the DQN's, or a network that cannot be converted.
         """
@@ -361,20 +368,30 @@ class SpikingDQN(DQN):
         kwargs.setdefault("gamma", dqn.gamma)
         model = cls(SpikingDQNPolicy, env, policy_kwargs=policy_kwargs, **kwargs)
         assert model.env is not None
-        for name in ("observation_space", "action_space"):
-            if getattr(model, name) != getattr(dqn, name):
+        frames = frames_of(dqn.observation_space, model.observation_space)
+        for name, fits in (
+            ("observation_space", frames is not None or model.observation_space == dqn.observation_space),
+            ("action_space", model.action_space == dqn.action_space),
+        ):
+            if not fits:
                 raise ValueError(
                     f"the environment's {name} is {getattr(model, name)}, but the ANN was trained on "
                     f"{getattr(dqn, name)}; build the environment as it was for the ANN"
                 )
+        stacked = frames is not None and frames > 1
+        player = StackedTeacher(dqn, model.observation_space) if stacked else dqn
         batches = (
             preprocess_obs(
                 torch.as_tensor(obs, device=model.device),
                 model.observation_space,
                 normalize_images=dqn.policy.normalize_images,
             )
-            for obs in _play(dqn, model.env, calibration_steps)
+            for obs in _play(player, model.env, calibration_steps)
         )
+        if stacked:
+            spread_first_synapse(model.q_net.network, torch.cat(list(batches)))  # type: ignore[arg-type]
+            model.q_net_target.load_state_dict(model.q_net.state_dict())
+            return model
         network = to_spiking(
             copy.deepcopy(q_network_ann(dqn.q_net)).to(model.device),
             batches,  # type: ignore[arg-type]
@@ -387,7 +404,7 @@ class SpikingDQN(DQN):
         model.q_net_target.load_state_dict(model.q_net.state_dict())
         return model
 
-    def collect(self, actor: DQN, steps: int) -> None:
+    def collect(self, actor: DQN | StackedTeacher, steps: int) -> None:
         """Store ``steps`` environment steps of another agent's epsilon-greedy play in this agent's replay buffer.
 
         A freshly converted network's own play is worthless as replay; a stage starts from its parent's instead.
@@ -432,11 +449,11 @@ class SpikingDQN(DQN):
         return [*super()._excluded_save_params(), "teacher", "_actor"]
 
 
-def _play(dqn: DQN, env: VecEnv, steps: int) -> Iterator[np.ndarray]:
-    """Observations (n_envs, ...) of a DQN's own epsilon-greedy play, ``steps`` in all, from fresh episodes."""
-    obs = env.reset()
+def _play(agent: DQN | StackedTeacher, env: VecEnv, steps: int) -> Iterator[np.ndarray]:
+    """Observations (n_envs, ...) of an agent's own epsilon-greedy play, ``steps`` in all, from fresh episodes."""
+    obs, state, episode_start = env.reset(), None, np.ones(env.num_envs, dtype=bool)
     for _ in range(-(-steps // env.num_envs)):
         assert isinstance(obs, np.ndarray)
         yield obs
-        actions, _ = dqn.predict(obs, deterministic=False)
-        obs, _, _, _ = env.step(actions)
+        actions, state = agent.predict(obs, state, episode_start, deterministic=False)
+        obs, _, episode_start, _ = env.step(actions)

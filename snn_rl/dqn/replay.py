@@ -33,6 +33,11 @@ def frame_stack_of(env: VecEnv) -> int:
     return int(getattr(inner, "frame_stack", 1))
 
 
+def stacking_axis(shape: tuple[int, ...]) -> int:
+    """The axis of one observation along which frames are stacked: 0 of an image (channels first), else the last."""
+    return 0 if len(shape) == 3 else len(shape) - 1
+
+
 class Windows(NamedTuple):
     """Contiguous windows of the timelines, time first; ``length`` slots each."""
 
@@ -50,8 +55,7 @@ class SequenceReplayBuffer(ReplayBuffer):
     Args:
         buffer_size: transitions in all, divided among the environments as SB3 does.
         observation_space, action_space, device, n_envs: as in SB3.
-        frame_stack: how many frames an observation stacks, along axis 0 of an image and along the last axis of
-            anything else; see `frame_stack_of`.
+        frame_stack: how many frames an observation stacks along its `stacking_axis`; see `frame_stack_of`.
         n_steps, gamma: of the return that `sample` computes.
 
     Observations are kept unnormalised; samples are normalised by the ``VecNormalize`` passed in, as in SB3.
@@ -83,7 +87,7 @@ class SequenceReplayBuffer(ReplayBuffer):
         if n_steps < 1:
             raise ValueError(f"n_steps must be >= 1, got {n_steps}")
         shape = tuple(self.obs_shape)
-        self.axis = 0 if len(shape) == 3 else len(shape) - 1  # of one observation: SB3 sees images channels first
+        self.axis = stacking_axis(shape)
         if frame_stack < 1 or shape[self.axis] % frame_stack:
             raise ValueError(f"frame_stack must divide axis {self.axis} of the observation {shape}, got {frame_stack}")
         self.frame_stack, self.n_steps, self.gamma = frame_stack, n_steps, gamma

@@ -114,3 +114,15 @@ def test_dqn_learns_on_it() -> None:
     agent.learn(50)
     actions, _ = agent.predict(env.reset(), deterministic=True)  # type: ignore[arg-type]
     assert env.action_space.contains(actions[0])
+
+
+def test_stacked_positions_are_the_last_ones_newest_last() -> None:
+    single, stacked = (make_cartpole(2, seed=3, velocities=False, frame_stack=k) for k in (1, 3))
+    assert stacked.observation_space.shape == (6,)
+    frames = [np.zeros((2, 2)), np.zeros((2, 2)), single.reset()]
+    np.testing.assert_array_equal(stacked.reset(), np.concatenate(frames, axis=1))
+    for a in actions_of(2, 6):  # too few for an episode to end
+        frames.append(single.step(a)[0])
+        np.testing.assert_array_equal(stacked.step(a)[0], np.concatenate(frames[-3:], axis=1))
+    with pytest.raises(ValueError, match="frame_stack must be >= 1, got 0"):
+        make_cartpole(1, seed=0, frame_stack=0)

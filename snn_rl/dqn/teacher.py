@@ -1,0 +1,83 @@
+"""A teacher that sees more than its student: a stack of frames, where a spiking agent sees one and has to remember."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3 import DQN
+from torch import Tensor
+
+from snn_rl.dqn.replay import Windows, stacking_axis
+
+StackState = tuple[np.ndarray, ...]  # one array: the last stacked observation of each environment, (n_envs, ...)
+
+
+def frames_of(stacked: spaces.Space, single: spaces.Space) -> int | None:
+    """How many observations of ``single`` one of ``stacked`` holds along its stacking axis; None where it does not."""
+    if not (isinstance(stacked, spaces.Box) and isinstance(single, spaces.Box)) or stacked.dtype != single.dtype:
+        return None
+    axis = stacking_axis(stacked.shape)
+    if len(stacked.shape) != len(single.shape) or stacked.shape[axis] % single.shape[axis]:
+        return None
+    frames = stacked.shape[axis] // single.shape[axis]
+    # the bounds as SB3 declares them, which repeats each entry instead of the whole frame
+    low, high = (np.repeat(bound, frames, axis) for bound in (single.low, single.high))
+    return frames if np.array_equal(low, stacked.low) and np.array_equal(high, stacked.high) else None
+
+
+class StackedTeacher:
+    """An SB3 DQN on stacked frames, put into an environment that shows one frame at a time.
+
+    It keeps the stack that its student has to remember. An episode begins with a stack of zeros, as SB3's
+    ``VecFrameStack`` begins it.
+
+    Raises:
+        ValueError: ``observation_space`` is not one frame of what the DQN was trained on.
+    """
+
+    def __init__(self, dqn: DQN, observation_space: spaces.Space) -> None:
+        frames = frames_of(dqn.observation_space, observation_space)
+        if frames is None:
+            raise ValueError(f"{observation_space} is not one frame of the teacher's {dqn.observation_space}")
+        self.dqn, self.frames = dqn, frames
+        self.shape = dqn.observation_space.shape
+        assert self.shape is not None
+        self.axis = stacking_axis(self.shape)
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: StackState | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, StackState]:
+        """Actions for single frames (n_envs, ...); the state is the stack that the frames have been pushed onto."""
+        assert isinstance(observation, np.ndarray)
+        n = len(observation)
+        stack = np.zeros((n, *self.shape), dtype=observation.dtype) if state is None else state[0].copy()  # type: ignore[misc]
+        if episode_start is not None:
+            stack[np.asarray(episode_start, dtype=bool)] = 0
+        older = np.split(stack, self.frames, axis=self.axis + 1)[1:]
+        stack = np.concatenate([*older, observation], axis=self.axis + 1)
+        actions, _ = self.dqn.predict(stack, deterministic=deterministic)
+        return actions, (stack,)
+
+    def q_values(self, windows: Windows, start: int, length: int) -> Tensor:
+        """Q-values (length, batch, actions) of the slots ``start .. start + length - 1``, on stacks from the window.
+
+        Raises:
+            ValueError: fewer than ``frames - 1`` slots before ``start``, so that the first stacks would lack frames.
+        """
+        if start < self.frames - 1:
+            raise ValueError(f"burn_in must be >= {self.frames - 1} for a teacher on {self.frames} frames, got {start}")
+        now = slice(start, start + length)
+        frames = [windows.observations[now]]
+        same_episode = torch.ones_like(windows.episode_start[now])  # as the newest frame
+        for age in range(1, self.frames):
+            same_episode = same_episode & ~windows.episode_start[start - age + 1 : start - age + 1 + length]
+            frame = windows.observations[start - age : start - age + length]
+            mask = same_episode.reshape(*same_episode.shape, *[1] * (frame.dim() - 2))
+            frames.append(torch.where(mask, frame, torch.zeros_like(frame)))
+        stacks = torch.cat(frames[::-1], dim=self.axis + 2)  # (length, batch, ...)
+        return self.dqn.q_net(stacks.flatten(0, 1)).unflatten(0, stacks.shape[:2])
