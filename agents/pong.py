@@ -41,7 +41,7 @@ PONG_LITE = Recipe(
         leak=0.75,
         parent_steps=20_000,
         distillation_updates=1_500,
-        env_steps=32_000,
+        env_steps=24_000,
         learning_rate=2e-3,
         buffer_size=50_000,
         batch_size=16,
@@ -52,9 +52,9 @@ PONG_LITE = Recipe(
         exploration_eps=0.01,
     ),
     target_return=20.5,
-    validate_every=16_000,
+    validate_every=12_000,
     validation_episodes=8,
-    checkpoint_every=20_000,
+    checkpoint_every=12_000,
 )
 
 PONG = dataclasses.replace(

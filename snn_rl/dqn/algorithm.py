@@ -425,6 +425,7 @@ class SpikingDQN(DQN):
             )
         finally:
             self._actor = None
+            self._current_progress_remaining = 1.0  # the learning rate's schedule is this agent's, and has not begun
             self._last_obs = None  # and hand over at an episode start: the actor's membranes are not this agent's
 
     def distill(self, gradient_steps: int) -> float:
