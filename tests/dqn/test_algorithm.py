@@ -21,6 +21,7 @@ from stable_baselines3.common.callbacks import (
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.torch_layers import NatureCNN
+from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecFrameStack, VecMonitor, VecNormalize
 from torch import nn
 from torch.nn import functional as F
@@ -446,6 +447,15 @@ def test_collect_stores_the_parents_play_and_hands_over_clean(ann: DQN) -> None:
         greedy, _ = ann.predict(obs[acted], deterministic=True)
         np.testing.assert_array_equal(buffer.slot_actions[i, held][acted], greedy)
     assert agent._last_obs is None  # the next call of learn starts new episodes
+
+
+def test_collect_leaves_the_learning_rate_at_its_start(ann: DQN) -> None:
+    schedule = LinearSchedule(1e-2, 1e-4, 1.0)
+    agent = SpikingDQN.from_ann(ann, cartpole(2), **{**TINY, "policy_kwargs": {}, "learning_rate": schedule})
+    agent.teacher = ann
+    agent.collect(ann, 200)
+    agent.distill(1)
+    assert agent.policy.optimizer.param_groups[0]["lr"] == 1e-2
 
 
 def test_distillation_brings_the_network_to_its_teacher(ann: DQN) -> None:
