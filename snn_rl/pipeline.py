@@ -231,9 +231,10 @@ def _begin(this: Run, stage: Stage) -> tuple[DQN, History]:
         "seed": this.seed,
         "device": this.device,
     }
-    before = ann
+    ann.exploration_rate = config.exploration_eps
+    teacher = this.teacher(ann, env)
     if stage.parent == "ann":
-        parent: DQN | StackedTeacher = this.teacher(ann, env)
+        parent: DQN | StackedTeacher = teacher
         model = SpikingDQN.from_ann(
             ann,
             env,
@@ -247,13 +248,12 @@ def _begin(this: Run, stage: Stage) -> tuple[DQN, History]:
         )
     else:
         assert stage.parent is not None
-        before = parent = _load(this, SpikingDQN, this.directory / stage.parent / "model.zip")
-        policy_kwargs = {**before.policy_kwargs, "timesteps": stage.timesteps}
+        parent = spiking = _load(this, SpikingDQN, this.directory / stage.parent / "model.zip")
+        spiking.exploration_rate = config.exploration_eps
+        policy_kwargs = {**spiking.policy_kwargs, "timesteps": stage.timesteps}
         model = SpikingDQN(SpikingDQNPolicy, env, policy_kwargs=policy_kwargs, **kwargs)
-        model.policy.load_state_dict(before.policy.state_dict(), strict=True)
-    model.teacher = this.teacher(ann, env)
-    for agent in (ann, before):
-        agent.exploration_rate = config.exploration_eps
+        model.policy.load_state_dict(spiking.policy.state_dict(), strict=True)
+    model.teacher = teacher
     model.set_logger(configure(str(this.directory / stage.name), []))
     model.collect(parent, config.parent_steps)
     if config.distillation_updates and config.distillation_weight:

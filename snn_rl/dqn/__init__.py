@@ -7,3 +7,4 @@ from snn_rl.dqn.policy import MlpPolicy as MlpPolicy
 from snn_rl.dqn.policy import SpikingDQNPolicy as SpikingDQNPolicy
 from snn_rl.dqn.policy import SpikingQNetwork as SpikingQNetwork
 from snn_rl.dqn.replay import SequenceReplayBuffer as SequenceReplayBuffer
+from snn_rl.dqn.teacher import StackedTeacher as StackedTeacher
