@@ -355,10 +355,13 @@ class StageCallback(BaseCallback):
         return (self.num_timesteps // every + 1) * every
 
     def _on_step(self) -> bool:
-        if self.num_timesteps >= self.next_point and self.model.ep_info_buffer:
+        if self.num_timesteps >= self.next_point:
             self.next_point = self._next(self.curve_every)
-            self.history.curve["env_steps"].append(self.num_timesteps)
-            self.history.curve["returns"].append(float(np.mean([info["r"] for info in self.model.ep_info_buffer])))
+            if self.model.ep_info_buffer:
+                self.history.curve["env_steps"].append(self.num_timesteps)
+                self.history.curve["returns"].append(float(np.mean([info["r"] for info in self.model.ep_info_buffer])))
+            # SB3 itself writes where an episode ends: in Pong that is once in thousands of steps
+            self.logger.dump(self.num_timesteps)
         if self.num_timesteps >= self.next_validation:
             self.next_validation = self._next(self.this.recipe.validate_every)
             self._validate()

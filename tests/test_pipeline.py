@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from stable_baselines3 import DQN
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import snn_rl.pipeline as pipeline
 from agents import RECIPES
@@ -72,6 +73,18 @@ def test_each_stage_leaves_its_files_and_no_leftovers(finished: Path) -> None:
         assert names - events == {"model.zip", "policy.safetensors", "metrics.json"}
     assert load_policy(finished / "T1" / "policy.safetensors").timesteps == 1
     assert load_policy(finished / "ann" / "policy.safetensors").timesteps is None
+
+
+def test_tensorboard_has_curves_of_every_stage(finished: Path) -> None:
+    for stage in ("ann", "T2", "T1"):
+        events = EventAccumulator(str(finished / stage))
+        events.Reload()
+        tags = {"train/loss", "validation/mean_reward"}
+        if stage != "ann":
+            tags |= {f"{name}/q_1" for name in ("spike_rate", "threshold", "leak")}
+        assert tags <= set(events.Tags()["scalars"])
+        # not only where an episode happened to end
+        assert len(events.Scalars("train/loss")) >= 5
 
 
 def test_a_finished_run_is_not_run_again(finished: Path) -> None:
