@@ -24,6 +24,8 @@ from snn_rl.dqn.policy import NumpyState, SpikingDQNPolicy
 from snn_rl.files import atomic
 from snn_rl.network import SpikingNetwork
 
+# The one key of the file's metadata: safetensors writes several in random order, and the checksum of a file is to depend
+# on the policy alone.
 FORMAT = "snn_rl-policy-1"
 EXTRACTORS: dict[str, type[BaseFeaturesExtractor]] = {
     "FlattenExtractor": FlattenExtractor,
@@ -96,7 +98,7 @@ def save_policy(model: DQN, path: Path, provenance: dict[str, Any]) -> None:
     }
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in policy.q_net.state_dict().items()}
     with atomic(path) as temporary:
-        save_file(weights, temporary, metadata={"format": FORMAT, "policy": json.dumps(metadata)})
+        save_file(weights, temporary, metadata={FORMAT: json.dumps(metadata)})
 
 
 def load_policy(path: str | Path, device: str = "cpu") -> LoadedPolicy:
@@ -114,12 +116,12 @@ def load_policy(path: str | Path, device: str = "cpu") -> LoadedPolicy:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable safetensors file ({error}); copy it again") from error
-    if header.get("format") != FORMAT:
+    if FORMAT not in header:
         raise ValueError(
-            f"{path} is a safetensors file, but not a policy of this package (format {FORMAT!r} is missing)"
+            f"{path} is a safetensors file, but not a policy of this package (its metadata lack {FORMAT!r})"
         )
     try:
-        metadata = json.loads(header["policy"])
+        metadata = json.loads(header[FORMAT])
         policy = _build(metadata)
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} describes no policy that can be built: {type(error).__name__}: {error}") from error
