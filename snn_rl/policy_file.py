@@ -24,8 +24,8 @@ from snn_rl.dqn.policy import NumpyState, SpikingDQNPolicy
 from snn_rl.files import atomic
 from snn_rl.network import SpikingNetwork
 
-# The one key of the file's metadata: safetensors writes several in random order, and the checksum of a file is to depend
-# on the policy alone.
+# The one key of the file's metadata: safetensors writes several in random order, and a file's checksum is to depend on
+# the policy alone.
 FORMAT = "snn_rl-policy-1"
 EXTRACTORS: dict[str, type[BaseFeaturesExtractor]] = {
     "FlattenExtractor": FlattenExtractor,
