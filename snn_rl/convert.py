@@ -21,7 +21,8 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from snn_rl.network import FrameDropout, Gain, SpikingNetwork
-from snn_rl.neuron import LIF, MIN_THRESHOLD
+from snn_rl.neuron import LIF
+from snn_rl.scan import MIN_THRESHOLD
 
 DEFAULT_LEAK = 0.9
 DEFAULT_PERCENTILE = 90.0

@@ -56,14 +56,17 @@ class SpikingNetwork(nn.Module):
 
     def __init__(self, graph: fx.GraphModule, timesteps: int) -> None:
         super().__init__()
-        self.graph = graph
+        # The format in which convolutions are fastest, and which LIF layers keep.
+        self.graph = graph.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.timesteps = timesteps
-        self._plan()
-
-    def _plan(self) -> None:
-        """Find the nodes that must be computed at every micro-step: those between two LIF layers."""
-        nodes = list(self.graph.graph.nodes)
+        nodes = list(graph.graph.nodes)
         self._lif_nodes = {n: str(n.target) for n in nodes if n.op == "call_module" and self._is_lif(n)}
+        self._every_step = self._between_lif_layers(nodes)
+        # What each node calls: looking modules up by name costs more than a small layer itself.
+        self._targets = {n: graph.get_submodule(str(n.target)) if n.op == "call_module" else n.target for n in nodes}
+
+    def _between_lif_layers(self, nodes: list[fx.Node]) -> set[fx.Node]:
+        """The nodes that must be computed at every micro-step."""
         after: set[fx.Node] = set()
         for node in nodes:
             if node in self._lif_nodes or any(parent in after for parent in node.all_input_nodes):
@@ -72,7 +75,7 @@ class SpikingNetwork(nn.Module):
         for node in reversed(nodes):
             if any(user in before or user in self._lif_nodes for user in node.users):
                 before.add(node)
-        self._every_step = set(self._lif_nodes) | (after & before)
+        return set(self._lif_nodes) | (after & before)
 
     def _is_lif(self, node: fx.Node) -> bool:
         return isinstance(self.graph.get_submodule(str(node.target)), LIF)
@@ -96,7 +99,7 @@ class SpikingNetwork(nn.Module):
     @property
     def lif_layers(self) -> dict[str, LIF]:
         """The LIF layers by name, in the order in which the signal reaches them."""
-        return {name: self.graph.get_submodule(name) for name in self._lif_nodes.values()}  # type: ignore[misc]
+        return {name: self.graph.get_submodule(name) for name in self._lif_nodes.values()}
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """One frame: ``x`` (batch, ...) -> output (batch, ...) and the state the next frame starts from.
@@ -121,44 +124,39 @@ class SpikingNetwork(nn.Module):
         keep = None if episode_start is None else 1 - episode_start.to(x.dtype)  # (frames, batch)
         new_state: list[Tensor] = []
         values: dict[fx.Node, Any] = {}
-        for node in self.graph.graph.nodes:
+        for node, target in self._targets.items():
+            every_step = node in self._every_step
             if node.op == "placeholder":
                 values[node] = x.flatten(0, 1)  # (frames * batch, ...)
                 continue
-            every_step = node in self._every_step
+            if node in self._lif_nodes:
+                source = node.args[0]
+                steps = self.timesteps if source in self._every_step else 1
+                current = values[source]  # (frames * steps * batch, ...) -> (frames * steps, batch, ...)
+                current = current.view(frames * steps, batch, *current.shape[1:])
+                carry = None if state is None else state[len(new_state)]
+                spikes, carry = target(current, carry, keep, hold=self.timesteps // steps)
+                new_state.append(carry)
+                values[node] = spikes.flatten(0, 1)
+                continue
 
             def at_rate(source: fx.Node, every_step: bool = every_step) -> Any:
                 return self._at_rate(values[source], source in self._every_step, every_step, frames, batch)
 
-            if node in self._lif_nodes:
-                source = node.args[0]
-                steps = self.timesteps if source in self._every_step else 1
-                # (frames * steps * batch, ...) -> (frames, T, batch, ...), without a copy where it only repeats
-                current = values[source].unflatten(0, (frames, steps, batch))
-                current = current.expand(-1, self.timesteps, *current.shape[2:])
-                carry = None if state is None else state[len(new_state)]
-                spikes, carry = self.graph.get_submodule(str(node.target))(current.flatten(0, 1), carry, keep)
-                new_state.append(carry)
-                values[node] = spikes.flatten(0, 1)
-                continue
-            args = fx.node.map_arg(node.args, at_rate)
-            kwargs = fx.node.map_arg(node.kwargs, at_rate)
+            args = [at_rate(arg) if isinstance(arg, fx.Node) else fx.node.map_arg(arg, at_rate) for arg in node.args]
+            kwargs = fx.node.map_arg(node.kwargs, at_rate) if node.kwargs else {}
             if node.op == "output":
                 return args[0].unflatten(0, (frames, batch)), tuple(new_state)
-            if node.op == "call_module":
-                module = self.graph.get_submodule(str(node.target))
-                if isinstance(module, FrameDropout):
-                    steps = self.timesteps if every_step else 1
-                    values[node] = module(args[0].unflatten(0, (frames, steps, batch))).flatten(0, 2)
-                else:
-                    values[node] = module(*args, **kwargs)
-            else:
-                values[node] = node.target(*args, **kwargs)  # functions alone: conversion rewrites methods
+            if isinstance(target, FrameDropout):
+                steps = self.timesteps if every_step else 1
+                values[node] = target(args[0].unflatten(0, (frames, steps, batch))).flatten(0, 2)
+            else:  # modules, and functions alone: conversion rewrites methods
+                values[node] = target(*args, **kwargs)
         raise AssertionError("a traced graph ends in an output node")
 
     def _at_rate(self, value: Any, has_steps: bool, wants_steps: bool, frames: int, batch: int) -> Any:
         """Bring a folded value to the rate of its consumer: repeat it per micro-step, or average over them."""
-        if has_steps == wants_steps or not isinstance(value, Tensor):
+        if has_steps == wants_steps or self.timesteps == 1 or not isinstance(value, Tensor):
             return value
         if wants_steps:  # (frames * batch, ...) -> (frames * steps * batch, ...)
             value = value.unflatten(0, (frames, 1, batch))

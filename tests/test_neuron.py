@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from snn_rl.neuron import LIF, MIN_THRESHOLD
+from snn_rl.neuron import LIF
+from snn_rl.scan import MIN_THRESHOLD
 from snn_rl.surrogate import spike
 
 

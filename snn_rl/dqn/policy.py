@@ -68,7 +68,10 @@ class SpikingQNetwork(QNetwork):
     ) -> tuple[Tensor, State]:
         """Frames in sequence: ``obs`` (frames, batch, ...) -> Q-values (frames, batch, actions), last state."""
         frames, batch = obs.shape[:2]
-        x = preprocess_obs(obs.flatten(0, 1), self.observation_space, normalize_images=self.normalize_images)
+        folded = obs.flatten(0, 1)
+        if folded.dim() == 4:  # what convolutions here walk fastest; cheapest while a pixel is a byte
+            folded = folded.contiguous(memory_format=torch.channels_last)
+        x = preprocess_obs(folded, self.observation_space, normalize_images=self.normalize_images)
         assert isinstance(x, Tensor)
         if not self.persistent:
             state, episode_start = None, torch.ones(frames, batch, device=x.device)
@@ -131,6 +134,18 @@ class SpikingDQNPolicy(DQNPolicy):
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {**super()._get_constructor_parameters(), **self.spiking_kwargs}
 
+    def _to_tensor(self, observation: np.ndarray | dict[str, np.ndarray], device: torch.device) -> tuple[Tensor, bool]:
+        """`obs_to_tensor`, which the plain case skips: arrays that fit the space need none of its questions."""
+        space = self.observation_space
+        if isinstance(space, spaces.Box) and isinstance(observation, np.ndarray):
+            if observation.shape == space.shape:
+                return torch.as_tensor(observation[None], device=device), False
+            if observation.shape[1:] == space.shape:
+                return torch.as_tensor(observation, device=device), True
+        obs, vectorized = self.obs_to_tensor(observation)
+        assert isinstance(obs, Tensor)
+        return obs, vectorized
+
     def predict(
         self,
         observation: np.ndarray | dict[str, np.ndarray],
@@ -144,11 +159,12 @@ class SpikingDQNPolicy(DQNPolicy):
         environment's membranes are cleared first. ``deterministic`` changes nothing here: exploration is the
         algorithm's. Raises ValueError for a state of another batch size or network.
         """
-        self.set_training_mode(False)
-        obs, vectorized = self.obs_to_tensor(observation)
-        assert isinstance(obs, Tensor)
+        if self.training:  # looked at first, for walking through all modules takes as long as a small network's frame
+            self.set_training_mode(False)
+        device = next(self.q_net.parameters()).device
+        obs, vectorized = self._to_tensor(observation, device)
         batch = obs.shape[0]
-        carries = None if state is None else tuple(torch.as_tensor(c, device=self.device) for c in state)
+        carries = None if state is None else tuple(torch.as_tensor(c, device=device) for c in state)
         if carries is not None and any(carry.shape[0] != batch for carry in carries):
             raise ValueError(
                 f"state must hold {batch} environments, as the observation does, got {carries[0].shape[0]}; "
@@ -156,9 +172,11 @@ class SpikingDQNPolicy(DQNPolicy):
             )
         starts = None
         if episode_start is not None:
-            starts = torch.as_tensor(np.asarray(episode_start, dtype=np.float32).reshape(-1), device=self.device)
+            starts = torch.as_tensor(np.asarray(episode_start, dtype=np.float32).reshape(-1), device=device)
             if len(starts) != batch:
                 raise ValueError(f"episode_start must hold {batch} flags, one per environment, got {len(starts)}")
+            if state is None or not np.any(episode_start):
+                starts = None
         with torch.no_grad():
             q_values, new_state = self.q_net(obs, carries, starts)
         actions = q_values.argmax(dim=1).cpu().numpy()

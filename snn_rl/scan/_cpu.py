@@ -1,0 +1,394 @@
+"""The LIF scan on the CPU: one pass over memory forward, one backward, compiled by numba.
+
+The neurons of a sample are cut into blocks that fit the first-level cache. A block walks through all micro-steps before
+the next one starts, so that its carry never leaves the cache; threads share the blocks out among themselves. Of the
+forward pass the membrane potential alone is kept for the backward pass.
+
+Arrays enter the kernels by address: that saves most of what a call costs, which counts where one frame is played.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numba.core import types
+from numba.extending import intrinsic
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from snn_rl.scan._reference import MIN_THRESHOLD
+from snn_rl.surrogate import GAMMA
+
+NUMPY_TYPE = {torch.float32: np.float32, torch.float64: np.float64}
+BLOCK = 1024  # neurons: 4 KiB per array in single precision
+PER_THREAD = 32_768  # neuron-steps below which one more thread costs more than it saves
+
+
+def _compiled(**options: Any) -> Callable[[Any], Any]:
+    def compile_(function: Any) -> Any:
+        try:
+            return numba.njit(nogil=True, error_model="numpy", cache=True, **options)(function)
+        except RuntimeError:  # nowhere to keep the compiled code: neither beside this file nor in the user's cache
+            return numba.njit(nogil=True, error_model="numpy", **options)(function)
+
+    return compile_
+
+
+def _typed_pointer(typing_context: Any, address: Any, like: Any) -> Any:
+    """A pointer to numbers of the type of ``like`` at ``address``."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like)(address, like), code
+
+
+_pointer: Any = intrinsic(_typed_pointer)
+
+
+# --- Forward. Input and output carry are never the same memory: the compiler would then give up vector instructions.
+
+
+@_compiled()
+def _step(carry_tm1: Any, current: Any, spikes: Any, carry: Any, v: Any, leak: Any, reset: Any) -> None:
+    one, zero = spikes.dtype.type(1), spikes.dtype.type(0)
+    for j in range(current.size):
+        u = carry_tm1[j] + current[j]
+        fires = u > v
+        spikes[j] = one if fires else zero
+        carry[j] = leak * u - (reset if fires else zero)
+
+
+@_compiled()
+def _step_keeping_u(
+    carry_tm1: Any, current: Any, u: Any, spikes: Any, carry: Any, v: Any, leak: Any, reset: Any
+) -> None:
+    one, zero = spikes.dtype.type(1), spikes.dtype.type(0)
+    for j in range(current.size):
+        u_j = carry_tm1[j] + current[j]
+        fires = u_j > v
+        u[j] = u_j
+        spikes[j] = one if fires else zero
+        carry[j] = leak * u_j - (reset if fires else zero)
+
+
+@_compiled()
+def _forward(
+    current_at: int, carry_0_at: int, keep_at: int, u_at: int, spikes_at: int, carry_at: int,
+    v: Any, leak: Any, reset: Any, steps: int, hold: int, frame: int, rows: int, width: int, first: int, last: int,
+) -> None:  # fmt: skip
+    """Blocks ``first`` to ``last``. Addresses: current (steps / hold, rows, width), carry_0 (rows, width) or 0 for
+    silence, keep (steps / frame, rows) or 0, u (steps, rows, width) or 0 where it is not wanted, spikes, carry."""
+    current = numba.carray(_pointer(current_at, v), (steps // hold, rows, width))
+    carry_0 = numba.carray(_pointer(carry_0_at, v), (rows, width))
+    keep = numba.carray(_pointer(keep_at, v), (steps // frame, rows))
+    u = numba.carray(_pointer(u_at, v), (steps, rows, width))
+    spikes = numba.carray(_pointer(spikes_at, v), (steps, rows, width))
+    carry = numba.carray(_pointer(carry_at, v), (rows, width))
+    blocks = (width + BLOCK - 1) // BLOCK
+    silence = np.zeros(min(BLOCK, width), spikes.dtype)
+    between = np.empty((2, min(BLOCK, width)), spikes.dtype)  # carries of even and odd steps
+    kept = np.empty(min(BLOCK, width), spikes.dtype)
+    for block in range(first, last):
+        row, low = block // blocks, block % blocks * BLOCK
+        high = min(width, low + BLOCK)
+        size = high - low
+        before = carry_0[row, low:high] if carry_0_at else silence[:size]
+        for t in range(steps):
+            if keep_at and t % frame == 0:
+                factor = keep[t // frame, row]
+                for j in range(size):
+                    kept[j] = before[j] * factor
+                before = kept[:size]
+            after = carry[row, low:high] if t == steps - 1 else between[t % 2, :size]
+            current_t, spikes_t = current[t // hold, row, low:high], spikes[t, row, low:high]
+            if u_at:
+                _step_keeping_u(before, current_t, u[t, row, low:high], spikes_t, after, v, leak, reset)
+            else:
+                _step(before, current_t, spikes_t, after, v, leak, reset)
+            before = after
+
+
+@_compiled(parallel=True)
+def _forward_parallel(
+    current_at: int, carry_0_at: int, keep_at: int, u_at: int, spikes_at: int, carry_at: int,
+    v: Any, leak: Any, reset: Any, steps: int, hold: int, frame: int, rows: int, width: int, blocks: int, threads: int,
+) -> None:  # fmt: skip
+    for i in numba.prange(threads):
+        _forward(
+            current_at, carry_0_at, keep_at, u_at, spikes_at, carry_at, v, leak, reset, steps, hold, frame, rows, width,
+            blocks * i // threads, blocks * (i + 1) // threads,
+        )  # fmt: skip
+
+
+# --- Backward. Sums over neurons may be taken in any order, which lets the compiler keep them in vectors.
+
+
+@_compiled(fastmath={"reassoc", "contract", "nsz"})
+def _step_backward(
+    u: Any, grad_spikes: Any, grad_carry: Any, grad_carry_tm1: Any, v: Any, leak: Any, leak_reset: bool
+) -> Any:
+    """dL/du[t] into ``grad_carry_tm1``; returns this step's dL/dv and dL/dleak."""
+    one, zero = u.dtype.type(1), u.dtype.type(0)
+    per_v = one / v
+    height = u.dtype.type(GAMMA) * per_v  # dL/do -> dL/du at the threshold
+    reset_leak, reset_v = (leak, v) if leak_reset else (one, zero)
+    grad_v, grad_leak = zero, zero
+    for j in range(u.size):
+        u_j, g_j = u[j], grad_carry[j]
+        spike = one if u_j > v else zero
+        through_spike = max(zero, one - abs(u_j * per_v - one)) * height * grad_spikes[j]
+        grad_v -= through_spike * u_j * per_v + g_j * spike * reset_leak
+        grad_leak += g_j * (u_j - spike * reset_v)
+        grad_carry_tm1[j] = through_spike + leak * g_j
+    return grad_v, grad_leak
+
+
+@_compiled()
+def _backward(
+    u_at: int, grad_spikes_at: int, grad_carry_at: int, keep_at: int, grad_current_at: int, grad_carry_0_at: int,
+    sums: Any, v: Any, leak: Any, leak_reset: bool, steps: int, hold: int, frame: int, rows: int, width: int,
+    first: int, last: int,
+) -> None:  # fmt: skip
+    """Blocks ``first`` to ``last``; their dL/dv and dL/dleak into ``sums`` (blocks, 2), which so do not depend on the
+    number of threads. Shapes are those of `_forward`; a grad_carry of 0 is zero, a grad_carry_0 of 0 is not wanted."""
+    u = numba.carray(_pointer(u_at, v), (steps, rows, width))
+    grad_spikes = numba.carray(_pointer(grad_spikes_at, v), (steps, rows, width))
+    grad_last = numba.carray(_pointer(grad_carry_at, v), (rows, width))
+    keep = numba.carray(_pointer(keep_at, v), (steps // frame, rows))
+    grad_current = numba.carray(_pointer(grad_current_at, v), (steps // hold, rows, width))
+    grad_carry_0 = numba.carray(_pointer(grad_carry_0_at, v), (rows, width))
+    blocks = (width + BLOCK - 1) // BLOCK
+    nothing = np.zeros(min(BLOCK, width), u.dtype)
+    between = np.empty((2, min(BLOCK, width)), u.dtype)  # dL/du of even and odd steps, where a current is held
+    kept = np.empty(min(BLOCK, width), u.dtype)
+    for block in range(first, last):
+        row, low = block // blocks, block % blocks * BLOCK
+        high = min(width, low + BLOCK)
+        size = high - low
+        grad_v, grad_leak = 0.0, 0.0
+        later = grad_last[row, low:high] if grad_carry_at else nothing[:size]
+        for t in range(steps - 1, -1, -1):
+            to_current = grad_current[t // hold, row, low:high]
+            grad_u = to_current if hold == 1 else between[t % 2, :size]
+            step_v, step_leak = _step_backward(
+                u[t, row, low:high], grad_spikes[t, row, low:high], later, grad_u, v, leak, leak_reset
+            )
+            grad_v += step_v
+            grad_leak += step_leak
+            if hold > 1:
+                if t % hold == hold - 1:
+                    for j in range(size):
+                        to_current[j] = grad_u[j]
+                else:
+                    for j in range(size):
+                        to_current[j] += grad_u[j]
+            later = grad_u
+            if keep_at and t % frame == 0:
+                factor = keep[t // frame, row]
+                for j in range(size):
+                    kept[j] = later[j] * factor
+                later = kept[:size]
+        if grad_carry_0_at:
+            for j in range(size):
+                grad_carry_0[row, low + j] = later[j]
+        sums[block, 0], sums[block, 1] = grad_v, grad_leak
+
+
+@_compiled(parallel=True)
+def _backward_parallel(
+    u_at: int, grad_spikes_at: int, grad_carry_at: int, keep_at: int, grad_current_at: int, grad_carry_0_at: int,
+    sums: Any, v: Any, leak: Any, leak_reset: bool, steps: int, hold: int, frame: int, rows: int, width: int,
+    blocks: int, threads: int,
+) -> None:  # fmt: skip
+    for i in numba.prange(threads):
+        _backward(
+            u_at, grad_spikes_at, grad_carry_at, keep_at, grad_current_at, grad_carry_0_at, sums, v, leak, leak_reset,
+            steps, hold, frame, rows, width, blocks * i // threads, blocks * (i + 1) // threads,
+        )  # fmt: skip
+
+
+# --- Threads. numba ends the process where its OpenMP is entered in a forked child, and where its fallback without
+# OpenMP is entered by two threads at once; in both cases the calling thread does all the work itself.
+
+_THREADS: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]  # the most it will start
+_parallel_lock = threading.Lock()
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _threads(work: int) -> int:
+    return max(1, min(torch.get_num_threads(), _THREADS, work // PER_THREAD))
+
+
+def _run(kernel: Any, parallel: Any, args: tuple[Any, ...], blocks: int, threads: int) -> None:
+    if threads == 1 or _forked or not _parallel_lock.acquire(blocking=False):
+        kernel(*args, 0, blocks)
+        return
+    try:
+        before = numba.get_num_threads()
+        numba.set_num_threads(threads)
+        parallel(*args, blocks, threads)
+        numba.set_num_threads(before)
+    finally:
+        _parallel_lock.release()
+
+
+# --- PyTorch's side.
+
+
+class _Layout:
+    """How a current's memory is walked: by samples of ``width`` neurons where frames reset them, else as one row.
+
+    Channels-last currents stay channels-last: neurons are independent, so that their order does not matter.
+    """
+
+    def __init__(self, current: Tensor, keep: Tensor | None, hold: int) -> None:
+        steps, *shape = current.shape
+        self.shape = tuple(shape)
+        neurons = math.prod(shape)
+        self.steps = steps * hold
+        self.hold = hold
+        self.frame = self.steps if keep is None else self.steps // keep.shape[0]
+        self.rows = 1 if keep is None else shape[0]
+        self.width = neurons // self.rows if neurons else 0
+        self.blocks = self.rows * -(-self.width // BLOCK)
+        self.threads = _threads(self.steps * neurons)
+        self.strides = _contiguous(self.shape)
+        if len(shape) == 4 and not current.is_contiguous():
+            _, channels, height, width = shape
+            channels_last = (channels * height * width, 1, width * channels, channels)
+            if _has_strides(current, (neurons, *channels_last)):
+                self.strides = channels_last
+
+    def dense(self, x: Tensor) -> Tensor:
+        """``x`` (steps, batch, ...) or (batch, ...) as memory that the kernels walk through."""
+        strides = self.strides if x.dim() == len(self.shape) else (math.prod(self.shape), *self.strides)
+        if _has_strides(x, strides):
+            return x
+        return torch.empty_strided(x.shape, strides, dtype=x.dtype).copy_(x)
+
+    def empty(self, dtype: torch.dtype, *steps: int) -> Tensor:
+        """A new tensor (*steps, batch, ...) that is `dense`."""
+        strides = (math.prod(self.shape), *self.strides) if steps else self.strides
+        return torch.empty_strided((*steps, *self.shape), strides, dtype=dtype)
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        return self.steps, self.hold, self.frame, self.rows, self.width
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides, stride = [], 1
+    for size in reversed(shape):
+        strides.append(stride)
+        stride *= size
+    return tuple(reversed(strides))
+
+
+def _has_strides(x: Tensor, strides: tuple[int, ...]) -> bool:
+    actual = x.stride()
+    return actual == strides or all(
+        size == 1 or mine == wanted for size, mine, wanted in zip(x.shape, actual, strides, strict=True)
+    )
+
+
+def _at(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _scan(
+    current: Tensor, carry_0: Tensor | None, v: float, leak: float, keep: Tensor | None, layout: _Layout,
+    leak_reset: bool, keep_u: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    number: Any = NUMPY_TYPE[current.dtype]
+    current = layout.dense(current)
+    if carry_0 is not None:
+        carry_0 = layout.dense(carry_0.to(current.dtype))
+    u = layout.empty(current.dtype, layout.steps) if keep_u else None
+    spikes, carry = layout.empty(current.dtype, layout.steps), layout.empty(current.dtype)
+    addresses = (_at(current), _at(carry_0), _at(keep), _at(u), _at(spikes), _at(carry))
+    constants = number(v), number(leak), number(number(v) * number(leak) if leak_reset else v)
+    _run(_forward, _forward_parallel, (*addresses, *constants, *layout.sizes), layout.blocks, layout.threads)
+    return spikes, carry, u
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, current: Tensor, carry_0: Tensor | None, raw_v: Tensor, raw_leak: Tensor, keep: Tensor | None,
+        hold: int, leak_reset: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        layout = _Layout(current, keep, hold)
+        ctx.v, ctx.leak = _bounds(raw_v, raw_leak)
+        ctx.raw = raw_v.item(), raw_leak.item()
+        spikes, carry, u = _scan(current, carry_0, ctx.v, ctx.leak, keep, layout, leak_reset, keep_u=True)
+        ctx.layout, ctx.leak_reset, ctx.dtypes = layout, leak_reset, (raw_v.dtype, raw_leak.dtype)
+        ctx.save_for_backward(u, keep)
+        ctx.set_materialize_grads(False)
+        return spikes, carry
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_spikes: Tensor | None, grad_carry: Tensor | None) -> tuple[Tensor | None, ...]:
+        u, keep = ctx.saved_tensors
+        layout: _Layout = ctx.layout
+        number: Any = NUMPY_TYPE[u.dtype]
+        grad_spikes = torch.zeros_like(u) if grad_spikes is None else layout.dense(grad_spikes)
+        grad_carry = None if grad_carry is None else layout.dense(grad_carry)
+        grad_current = layout.empty(u.dtype, layout.steps // layout.hold)
+        grad_carry_0 = layout.empty(u.dtype) if ctx.needs_input_grad[1] else None
+        sums = np.empty((layout.blocks, 2))
+        addresses = (_at(u), _at(grad_spikes), _at(grad_carry), _at(keep), _at(grad_current), _at(grad_carry_0))
+        args = (*addresses, sums, number(ctx.v), number(ctx.leak), ctx.leak_reset, *layout.sizes)
+        _run(_backward, _backward_parallel, args, layout.blocks, layout.threads)
+        grad_v, grad_leak = sums.sum(0).tolist()
+        # As in the reference: dropped only where a descent step would lead further out of bounds.
+        raw_v, raw_leak = ctx.raw
+        if raw_v <= MIN_THRESHOLD and grad_v > 0:
+            grad_v = 0.0
+        if (raw_leak <= 0 and grad_leak > 0) or (raw_leak >= 1 and grad_leak < 0):
+            grad_leak = 0.0
+        dtype_v, dtype_leak = ctx.dtypes
+        grads = torch.tensor(grad_v, dtype=dtype_v), torch.tensor(grad_leak, dtype=dtype_leak)
+        return grad_current, grad_carry_0, *grads, None, None, None
+
+
+def _bounds(raw_v: Tensor, raw_leak: Tensor) -> tuple[float, float]:
+    return max(raw_v.item(), MIN_THRESHOLD), min(max(raw_leak.item(), 0.0), 1.0)
+
+
+def cpu_scan(
+    current: Tensor,
+    carry: Tensor | None,
+    raw_threshold: Tensor,
+    raw_leak: Tensor,
+    keep: Tensor | None = None,
+    hold: int = 1,
+    leak_reset: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`snn_rl.scan.lif_scan` for single and double precision on the CPU."""
+    if keep is not None:
+        keep = keep.to(current.dtype).contiguous()
+    if torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (current, carry, raw_threshold, raw_leak)
+    ):
+        return _Scan.apply(current, carry, raw_threshold, raw_leak, keep, hold, leak_reset)
+    layout = _Layout(current, keep, hold)
+    v, leak = _bounds(raw_threshold, raw_leak)
+    return _scan(current, carry, v, leak, keep, layout, leak_reset, keep_u=False)[:2]

@@ -1,0 +1,208 @@
+"""The compiled LIF scan against the reference in plain PyTorch: forward bit for bit, and all four gradients."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+from snn_rl.scan import _cpu, lif_scan, reference_scan
+
+Gradients = tuple[Tensor | None, ...]
+
+
+def run(scan: Any, inputs: list[Tensor | None], weights: list[Tensor], *rest: Any) -> tuple[Tensor, ...]:
+    """Spikes, carry, and the gradients of a weighted sum of both to current, carry, threshold and leak."""
+    leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
+    spikes, carry = scan(*leaves, *rest)
+    loss = (spikes * weights[0]).sum() + (carry * weights[1]).sum()
+    return spikes, carry, *torch.autograd.grad(loss, [x for x in leaves if x is not None])
+
+
+def assert_same(ours: tuple[Tensor, ...], expected: tuple[Tensor, ...], rtol: float) -> None:
+    for i, (a, b) in enumerate(zip(ours, expected, strict=True)):
+        if i < 2:
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+        else:
+            torch.testing.assert_close(a, b, rtol=rtol, atol=rtol * max(1.0, b.abs().max().item() if b.numel() else 0))
+
+
+def example(
+    steps: int, batch: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, hold: int = 1, seed: int = 0
+) -> tuple[list[Tensor | None], list[Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, dtype=dtype, generator=generator)
+
+    inputs: list[Tensor | None] = [normal(steps, batch, *shape), normal(batch, *shape)]
+    inputs += [torch.tensor(0.8, dtype=dtype), torch.tensor(0.9, dtype=dtype)]
+    return inputs, [normal(steps * hold, batch, *shape), normal(batch, *shape)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    frames=st.integers(1, 4),
+    steps=st.integers(1, 16),
+    hold=st.integers(1, 5),
+    batch=st.integers(0, 5),
+    shape=st.lists(st.integers(1, 5), max_size=4),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    threshold=st.floats(-0.5, 2.0, width=32),
+    leak=st.floats(-0.5, 1.5, width=32),
+    leak_reset=st.booleans(),
+    masked=st.booleans(),
+    silent=st.booleans(),
+    order=st.sampled_from(["contiguous", "transposed", "strided", "expanded"]),
+    seed=st.integers(0, 1000),
+)
+def test_same_as_the_reference(
+    frames: int, steps: int, hold: int, batch: int, shape: list[int], dtype: torch.dtype, threshold: float, leak: float,
+    leak_reset: bool, masked: bool, silent: bool, order: str, seed: int,
+) -> None:  # fmt: skip
+    # thresholds and leaks beyond their bounds as well: both clamp them, and drop the same gradients
+    inputs, weights = example(frames * steps, batch, tuple(shape), dtype, hold, seed)
+    current = inputs[0]
+    assert current is not None
+    if order == "transposed":
+        current = current.transpose(0, -1).contiguous().transpose(0, -1)
+    elif order == "strided":
+        current = torch.stack([current, current], -1)[..., 0]
+    elif order == "expanded":
+        current = current[:1].expand_as(current)
+    inputs = [current, None if silent else inputs[1], torch.tensor(threshold).to(dtype), torch.tensor(leak).to(dtype)]
+    keep = (torch.arange(frames * batch).reshape(frames, batch) % 3 > 0).to(dtype) if masked else None
+    rest = (keep, hold, leak_reset)
+    # the surrogate's slope is 1 / v: at the least threshold of 1e-6 rounding is as large as the gradient
+    rtol = 1e-9 if dtype == torch.float64 else 1e-4 if threshold > 0.01 else 1e-2
+    ours, expected = run(_cpu.cpu_scan, inputs, weights, *rest), run(reference_scan, inputs, weights, *rest)
+    assert_same(ours, expected, rtol)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 17, 64])
+@pytest.mark.parametrize("neurons", [1, 7, 1023, 1024, 1025, 5000])
+def test_blocks_and_steps(steps: int, neurons: int) -> None:
+    inputs, weights = example(steps, 3, (neurons,), torch.float64)
+    for keep in (None, torch.tensor([[1.0, 0.0, 1.0]]).double()):
+        ours = run(_cpu.cpu_scan, inputs, weights, keep)
+        assert_same(ours, run(reference_scan, inputs, weights, keep), 1e-10)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+def test_the_number_of_threads_changes_no_bit() -> None:
+    inputs, weights = example(5, 4, (50_000,))
+    torch.set_num_threads(1)
+    alone = run(_cpu.cpu_scan, inputs, weights)
+    torch.set_num_threads(2)
+    assert _cpu._threads(10**6) == min(2, _cpu._THREADS)
+    for ours, expected in zip(run(_cpu.cpu_scan, inputs, weights), alone, strict=True):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.usefixtures("threads")
+def test_several_threads_scan_at_once() -> None:
+    torch.set_num_threads(2)
+    inputs, weights = example(5, 4, (50_000,))
+    expected = run(_cpu.cpu_scan, inputs, weights)
+    results: list[tuple[Tensor, ...]] = []
+
+    def work() -> None:
+        for _ in range(5):
+            results.append(run(_cpu.cpu_scan, inputs, weights))
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(results) == 20
+    assert all(torch.equal(a, b) for result in results for a, b in zip(result, expected, strict=True))
+
+
+def _scan_in_child(queue: Any) -> None:
+    torch.set_num_threads(1)
+    inputs, _ = example(5, 4, (50_000,))
+    with torch.no_grad():
+        queue.put(lif_scan(*inputs)[0].sum().item())  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+@pytest.mark.usefixtures("threads")
+def test_a_forked_child_scans() -> None:
+    torch.set_num_threads(2)
+    inputs, _ = example(5, 4, (50_000,))
+    with torch.no_grad():
+        expected = lif_scan(*inputs)[0].sum().item()  # type: ignore[arg-type]  # OpenMP has run in this process
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_scan_in_child, args=(queue,))
+    child.start()
+    assert queue.get(timeout=60) == expected
+    child.join(60)
+    assert child.exitcode == 0
+
+
+@pytest.mark.parametrize("hold", [1, 3])
+def test_channels_last_stays_channels_last(hold: int) -> None:
+    inputs, weights = example(2, 3, (4, 5, 6), hold=hold)
+    expected = run(reference_scan, inputs, weights, None, hold)
+    current = inputs[0]
+    assert current is not None
+    inputs[0] = current.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, (2, 3))
+    ours = run(_cpu.cpu_scan, inputs, weights, None, hold)
+    assert_same(ours, expected, 1e-5)
+    for x in (ours[0].flatten(0, 1), ours[1], ours[2].flatten(0, 1), ours[3]):
+        assert x.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_only_one_output_is_used() -> None:
+    inputs, weights = example(4, 2, (3,), torch.float64)
+    for i in range(2):
+        grads = []
+        for scan in (_cpu.cpu_scan, reference_scan):
+            leaves = [x.clone().requires_grad_() for x in inputs if x is not None]
+            grads.append(torch.autograd.grad((scan(*leaves)[i] * weights[i]).sum(), leaves))
+        for ours, expected in zip(*grads, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_gradient_of_the_gradient_is_refused() -> None:
+    inputs, _ = example(2, 2, (3,))
+    leaves = [x.requires_grad_() for x in inputs if x is not None]
+    (grad,) = torch.autograd.grad(lif_scan(*leaves)[1].square().sum(), leaves[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_half_precision_is_computed_in_single() -> None:
+    inputs, _ = example(6, 2, (40,))
+    halves = [x.bfloat16() for x in inputs if x is not None]
+    spikes, carry = lif_scan(*halves)
+    expected, expected_carry = lif_scan(*[x.float() for x in halves])
+    assert spikes.dtype == torch.bfloat16
+    assert carry.dtype == torch.float32
+    assert torch.equal(spikes.float(), expected)
+    assert torch.equal(carry, expected_carry)
+
+
+def test_membranes_of_another_precision_are_taken() -> None:
+    inputs, _ = example(3, 2, (4,))
+    assert inputs[0] is not None
+    assert inputs[1] is not None
+    assert torch.equal(lif_scan(inputs[0], inputs[1].double(), *inputs[2:])[0], lif_scan(*inputs)[0])  # type: ignore[arg-type]
