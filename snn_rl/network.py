@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from snn_rl.neuron import LIF
+from snn_rl.scan import SpikesRecomputed
 
 State = tuple[Tensor, ...]  # one carry (batch, ...) per LIF layer, in the order of `SpikingNetwork.lif_layers`
 
@@ -62,6 +63,7 @@ class SpikingNetwork(nn.Module):
         nodes = list(graph.graph.nodes)
         self._lif_nodes = {n: str(n.target) for n in nodes if n.op == "call_module" and self._is_lif(n)}
         self._every_step = self._between_lif_layers(nodes)
+        self._last_used = self._last_uses(nodes)
         # What each node calls: looking modules up by name costs more than a small layer itself.
         self._targets = {n: graph.get_submodule(str(n.target)) if n.op == "call_module" else n.target for n in nodes}
 
@@ -76,6 +78,15 @@ class SpikingNetwork(nn.Module):
             if any(user in before or user in self._lif_nodes for user in node.users):
                 before.add(node)
         return set(self._lif_nodes) | (after & before)
+
+    @staticmethod
+    def _last_uses(nodes: list[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+        """The values that nothing needs once a node is computed."""
+        last = {source: node for node in nodes for source in node.all_input_nodes}
+        uses: dict[fx.Node, list[fx.Node]] = {node: [] for node in nodes}
+        for source, node in last.items():
+            uses[node].append(source)
+        return uses
 
     def _is_lif(self, node: fx.Node) -> bool:
         return isinstance(self.graph.get_submodule(str(node.target)), LIF)
@@ -122,36 +133,52 @@ class SpikingNetwork(nn.Module):
         if state is not None and len(state) != len(self._lif_nodes):
             raise ValueError(f"state must hold {len(self._lif_nodes)} carries, one per LIF layer, got {len(state)}")
         keep = None if episode_start is None else 1 - episode_start.to(x.dtype)  # (frames, batch)
+        # One micro-step has no more spikes than an ANN has activations: keeping them is faster.
+        if self.timesteps == 1 or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._run(x, state, keep, None)
+        spikes = SpikesRecomputed()
+        with spikes.hooks():
+            return self._run(x, state, keep, spikes)
+
+    def _run(
+        self, x: Tensor, state: State | None, keep: Tensor | None, recomputed: SpikesRecomputed | None
+    ) -> tuple[Tensor, State]:
+        frames, batch = x.shape[:2]
         new_state: list[Tensor] = []
         values: dict[fx.Node, Any] = {}
         for node, target in self._targets.items():
             every_step = node in self._every_step
+
+            def at_rate(source: fx.Node, every_step: bool = every_step) -> Any:
+                return self._at_rate(values[source], source in self._every_step, every_step, frames, batch)
+
             if node.op == "placeholder":
                 values[node] = x.flatten(0, 1)  # (frames * batch, ...)
-                continue
-            if node in self._lif_nodes:
+            elif node in self._lif_nodes:
                 source = node.args[0]
                 steps = self.timesteps if source in self._every_step else 1
                 current = values[source]  # (frames * steps * batch, ...) -> (frames * steps, batch, ...)
                 current = current.view(frames * steps, batch, *current.shape[1:])
                 carry = None if state is None else state[len(new_state)]
                 spikes, carry = target(current, carry, keep, hold=self.timesteps // steps)
+                if recomputed is not None:
+                    recomputed.add(spikes)
                 new_state.append(carry)
                 values[node] = spikes.flatten(0, 1)
-                continue
-
-            def at_rate(source: fx.Node, every_step: bool = every_step) -> Any:
-                return self._at_rate(values[source], source in self._every_step, every_step, frames, batch)
-
-            args = [at_rate(arg) if isinstance(arg, fx.Node) else fx.node.map_arg(arg, at_rate) for arg in node.args]
-            kwargs = fx.node.map_arg(node.kwargs, at_rate) if node.kwargs else {}
-            if node.op == "output":
-                return args[0].unflatten(0, (frames, batch)), tuple(new_state)
-            if isinstance(target, FrameDropout):
-                steps = self.timesteps if every_step else 1
-                values[node] = target(args[0].unflatten(0, (frames, steps, batch))).flatten(0, 2)
-            else:  # modules, and functions alone: conversion rewrites methods
-                values[node] = target(*args, **kwargs)
+                del current, spikes
+            else:
+                args = [at_rate(a) if isinstance(a, fx.Node) else fx.node.map_arg(a, at_rate) for a in node.args]
+                kwargs = fx.node.map_arg(node.kwargs, at_rate) if node.kwargs else {}
+                if node.op == "output":
+                    return args[0].unflatten(0, (frames, batch)), tuple(new_state)
+                if isinstance(target, FrameDropout):
+                    steps = self.timesteps if every_step else 1
+                    values[node] = target(args[0].unflatten(0, (frames, steps, batch))).flatten(0, 2)
+                else:  # modules, and functions alone: conversion rewrites methods
+                    values[node] = target(*args, **kwargs)
+                del args, kwargs
+            for source in self._last_used[node]:
+                del values[source]
         raise AssertionError("a traced graph ends in an output node")
 
     def _at_rate(self, value: Any, has_steps: bool, wants_steps: bool, frames: int, batch: int) -> Any:

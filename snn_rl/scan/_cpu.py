@@ -1,8 +1,8 @@
 """The LIF scan on the CPU: one pass over memory forward, one backward, compiled by numba.
 
-The neurons of a sample are cut into blocks that fit the first-level cache. A block walks through all micro-steps before
-the next one starts, so that its carry never leaves the cache; threads share the blocks out among themselves. Of the
-forward pass the membrane potential alone is kept for the backward pass.
+The neurons of a sample are cut into blocks that fit the cache. A block walks through all micro-steps before the next one
+starts, so that its carry never leaves the cache; threads share the blocks out among themselves. The backward pass keeps
+the current alone and recomputes a block's membrane potentials from it, which is faster than to write and read them.
 
 Arrays enter the kernels by address: that saves most of what a call costs, which counts where one frame is played.
 """
@@ -27,7 +27,8 @@ from snn_rl.scan._reference import MIN_THRESHOLD
 from snn_rl.surrogate import GAMMA
 
 NUMPY_TYPE = {torch.float32: np.float32, torch.float64: np.float64}
-BLOCK = 1024  # neurons: 4 KiB per array in single precision
+MOST, LEAST = 1024, 64  # neurons of a block
+POTENTIALS = 32_768  # of a block, all its micro-steps together: 128 KiB in single precision
 PER_THREAD = 32_768  # neuron-steps below which one more thread costs more than it saves
 
 
@@ -67,38 +68,24 @@ def _step(carry_tm1: Any, current: Any, spikes: Any, carry: Any, v: Any, leak: A
 
 
 @_compiled()
-def _step_keeping_u(
-    carry_tm1: Any, current: Any, u: Any, spikes: Any, carry: Any, v: Any, leak: Any, reset: Any
-) -> None:
-    one, zero = spikes.dtype.type(1), spikes.dtype.type(0)
-    for j in range(current.size):
-        u_j = carry_tm1[j] + current[j]
-        fires = u_j > v
-        u[j] = u_j
-        spikes[j] = one if fires else zero
-        carry[j] = leak * u_j - (reset if fires else zero)
-
-
-@_compiled()
 def _forward(
-    current_at: int, carry_0_at: int, keep_at: int, u_at: int, spikes_at: int, carry_at: int,
-    v: Any, leak: Any, reset: Any, steps: int, hold: int, frame: int, rows: int, width: int, first: int, last: int,
+    current_at: int, carry_0_at: int, keep_at: int, spikes_at: int, carry_at: int, v: Any, leak: Any, reset: Any,
+    steps: int, hold: int, frame: int, rows: int, width: int, block: int, first: int, last: int,
 ) -> None:  # fmt: skip
     """Blocks ``first`` to ``last``. Addresses: current (steps / hold, rows, width), carry_0 (rows, width) or 0 for
-    silence, keep (steps / frame, rows) or 0, u (steps, rows, width) or 0 where it is not wanted, spikes, carry."""
+    silence, keep (steps / frame, rows) or 0, spikes (steps, rows, width), carry."""
     current = numba.carray(_pointer(current_at, v), (steps // hold, rows, width))
     carry_0 = numba.carray(_pointer(carry_0_at, v), (rows, width))
     keep = numba.carray(_pointer(keep_at, v), (steps // frame, rows))
-    u = numba.carray(_pointer(u_at, v), (steps, rows, width))
     spikes = numba.carray(_pointer(spikes_at, v), (steps, rows, width))
     carry = numba.carray(_pointer(carry_at, v), (rows, width))
-    blocks = (width + BLOCK - 1) // BLOCK
-    silence = np.zeros(min(BLOCK, width), spikes.dtype)
-    between = np.empty((2, min(BLOCK, width)), spikes.dtype)  # carries of even and odd steps
-    kept = np.empty(min(BLOCK, width), spikes.dtype)
-    for block in range(first, last):
-        row, low = block // blocks, block % blocks * BLOCK
-        high = min(width, low + BLOCK)
+    blocks = (width + block - 1) // block
+    silence = np.zeros(min(block, width), spikes.dtype)
+    between = np.empty((2, min(block, width)), spikes.dtype)  # carries of even and odd steps
+    kept = np.empty(min(block, width), spikes.dtype)
+    for i in range(first, last):
+        row, low = i // blocks, i % blocks * block
+        high = min(width, low + block)
         size = high - low
         before = carry_0[row, low:high] if carry_0_at else silence[:size]
         for t in range(steps):
@@ -108,22 +95,18 @@ def _forward(
                     kept[j] = before[j] * factor
                 before = kept[:size]
             after = carry[row, low:high] if t == steps - 1 else between[t % 2, :size]
-            current_t, spikes_t = current[t // hold, row, low:high], spikes[t, row, low:high]
-            if u_at:
-                _step_keeping_u(before, current_t, u[t, row, low:high], spikes_t, after, v, leak, reset)
-            else:
-                _step(before, current_t, spikes_t, after, v, leak, reset)
+            _step(before, current[t // hold, row, low:high], spikes[t, row, low:high], after, v, leak, reset)
             before = after
 
 
 @_compiled(parallel=True)
 def _forward_parallel(
-    current_at: int, carry_0_at: int, keep_at: int, u_at: int, spikes_at: int, carry_at: int,
-    v: Any, leak: Any, reset: Any, steps: int, hold: int, frame: int, rows: int, width: int, blocks: int, threads: int,
+    current_at: int, carry_0_at: int, keep_at: int, spikes_at: int, carry_at: int, v: Any, leak: Any, reset: Any,
+    steps: int, hold: int, frame: int, rows: int, width: int, block: int, blocks: int, threads: int,
 ) -> None:  # fmt: skip
     for i in numba.prange(threads):
         _forward(
-            current_at, carry_0_at, keep_at, u_at, spikes_at, carry_at, v, leak, reset, steps, hold, frame, rows, width,
+            current_at, carry_0_at, keep_at, spikes_at, carry_at, v, leak, reset, steps, hold, frame, rows, width, block,
             blocks * i // threads, blocks * (i + 1) // threads,
         )  # fmt: skip
 
@@ -152,34 +135,56 @@ def _step_backward(
 
 
 @_compiled()
+def _potentials(carry_tm1: Any, current: Any, u: Any, carry: Any, v: Any, leak: Any, reset: Any) -> None:
+    zero = u.dtype.type(0)
+    for j in range(current.size):
+        u_j = carry_tm1[j] + current[j]
+        u[j] = u_j
+        carry[j] = leak * u_j - (reset if u_j > v else zero)
+
+
+@_compiled()
 def _backward(
-    u_at: int, grad_spikes_at: int, grad_carry_at: int, keep_at: int, grad_current_at: int, grad_carry_0_at: int,
-    sums: Any, v: Any, leak: Any, leak_reset: bool, steps: int, hold: int, frame: int, rows: int, width: int,
-    first: int, last: int,
+    current_at: int, carry_0_at: int, keep_at: int, grad_spikes_at: int, grad_carry_at: int, grad_current_at: int,
+    grad_carry_0_at: int, sums: Any, v: Any, leak: Any, leak_reset: bool,
+    steps: int, hold: int, frame: int, rows: int, width: int, block: int, first: int, last: int,
 ) -> None:  # fmt: skip
     """Blocks ``first`` to ``last``; their dL/dv and dL/dleak into ``sums`` (blocks, 2), which so do not depend on the
     number of threads. Shapes are those of `_forward`; a grad_carry of 0 is zero, a grad_carry_0 of 0 is not wanted."""
-    u = numba.carray(_pointer(u_at, v), (steps, rows, width))
+    current = numba.carray(_pointer(current_at, v), (steps // hold, rows, width))
+    carry_0 = numba.carray(_pointer(carry_0_at, v), (rows, width))
+    keep = numba.carray(_pointer(keep_at, v), (steps // frame, rows))
     grad_spikes = numba.carray(_pointer(grad_spikes_at, v), (steps, rows, width))
     grad_last = numba.carray(_pointer(grad_carry_at, v), (rows, width))
-    keep = numba.carray(_pointer(keep_at, v), (steps // frame, rows))
     grad_current = numba.carray(_pointer(grad_current_at, v), (steps // hold, rows, width))
     grad_carry_0 = numba.carray(_pointer(grad_carry_0_at, v), (rows, width))
-    blocks = (width + BLOCK - 1) // BLOCK
-    nothing = np.zeros(min(BLOCK, width), u.dtype)
-    between = np.empty((2, min(BLOCK, width)), u.dtype)  # dL/du of even and odd steps, where a current is held
-    kept = np.empty(min(BLOCK, width), u.dtype)
-    for block in range(first, last):
-        row, low = block // blocks, block % blocks * BLOCK
-        high = min(width, low + BLOCK)
+    reset = v * leak if leak_reset else v
+    blocks = (width + block - 1) // block
+    nothing = np.zeros(min(block, width), grad_spikes.dtype)
+    u = np.empty((steps, min(block, width)), grad_spikes.dtype)
+    between = np.empty((2, min(block, width)), grad_spikes.dtype)  # of even and odd steps: carries, then dL/du
+    kept = np.empty(min(block, width), grad_spikes.dtype)
+    for i in range(first, last):
+        row, low = i // blocks, i % blocks * block
+        high = min(width, low + block)
         size = high - low
+        before = carry_0[row, low:high] if carry_0_at else nothing[:size]
+        for t in range(steps):
+            if keep_at and t % frame == 0:
+                factor = keep[t // frame, row]
+                for j in range(size):
+                    kept[j] = before[j] * factor
+                before = kept[:size]
+            after = between[t % 2, :size]
+            _potentials(before, current[t // hold, row, low:high], u[t, :size], after, v, leak, reset)
+            before = after
         grad_v, grad_leak = 0.0, 0.0
         later = grad_last[row, low:high] if grad_carry_at else nothing[:size]
         for t in range(steps - 1, -1, -1):
             to_current = grad_current[t // hold, row, low:high]
             grad_u = to_current if hold == 1 else between[t % 2, :size]
             step_v, step_leak = _step_backward(
-                u[t, row, low:high], grad_spikes[t, row, low:high], later, grad_u, v, leak, leak_reset
+                u[t, :size], grad_spikes[t, row, low:high], later, grad_u, v, leak, leak_reset
             )
             grad_v += step_v
             grad_leak += step_leak
@@ -199,19 +204,20 @@ def _backward(
         if grad_carry_0_at:
             for j in range(size):
                 grad_carry_0[row, low + j] = later[j]
-        sums[block, 0], sums[block, 1] = grad_v, grad_leak
+        sums[i, 0], sums[i, 1] = grad_v, grad_leak
 
 
 @_compiled(parallel=True)
 def _backward_parallel(
-    u_at: int, grad_spikes_at: int, grad_carry_at: int, keep_at: int, grad_current_at: int, grad_carry_0_at: int,
-    sums: Any, v: Any, leak: Any, leak_reset: bool, steps: int, hold: int, frame: int, rows: int, width: int,
-    blocks: int, threads: int,
+    current_at: int, carry_0_at: int, keep_at: int, grad_spikes_at: int, grad_carry_at: int, grad_current_at: int,
+    grad_carry_0_at: int, sums: Any, v: Any, leak: Any, leak_reset: bool,
+    steps: int, hold: int, frame: int, rows: int, width: int, block: int, blocks: int, threads: int,
 ) -> None:  # fmt: skip
     for i in numba.prange(threads):
         _backward(
-            u_at, grad_spikes_at, grad_carry_at, keep_at, grad_current_at, grad_carry_0_at, sums, v, leak, leak_reset,
-            steps, hold, frame, rows, width, blocks * i // threads, blocks * (i + 1) // threads,
+            current_at, carry_0_at, keep_at, grad_spikes_at, grad_carry_at, grad_current_at, grad_carry_0_at, sums, v,
+            leak, leak_reset, steps, hold, frame, rows, width, block,
+            blocks * i // threads, blocks * (i + 1) // threads,
         )  # fmt: skip
 
 
@@ -267,7 +273,8 @@ class _Layout:
         self.frame = self.steps if keep is None else self.steps // keep.shape[0]
         self.rows = 1 if keep is None else shape[0]
         self.width = neurons // self.rows if neurons else 0
-        self.blocks = self.rows * -(-self.width // BLOCK)
+        self.block = max(LEAST, min(MOST, POTENTIALS // self.steps))
+        self.blocks = self.rows * -(-self.width // self.block)
         self.threads = _threads(self.steps * neurons)
         self.strides = _contiguous(self.shape)
         if len(shape) == 4 and not current.is_contiguous():
@@ -289,8 +296,8 @@ class _Layout:
         return torch.empty_strided((*steps, *self.shape), strides, dtype=dtype)
 
     @property
-    def sizes(self) -> tuple[int, int, int, int, int]:
-        return self.steps, self.hold, self.frame, self.rows, self.width
+    def sizes(self) -> tuple[int, ...]:
+        return self.steps, self.hold, self.frame, self.rows, self.width, self.block
 
 
 def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -313,60 +320,62 @@ def _at(x: Tensor | None) -> int:
 
 
 def _scan(
-    current: Tensor, carry_0: Tensor | None, v: float, leak: float, keep: Tensor | None, layout: _Layout,
-    leak_reset: bool, keep_u: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    current: Tensor, carry_0: Tensor | None, keep: Tensor | None, v: float, leak: float, layout: _Layout,
+    leak_reset: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Spikes and last carry, of arguments that are `_Layout.dense`."""
     number: Any = NUMPY_TYPE[current.dtype]
-    current = layout.dense(current)
-    if carry_0 is not None:
-        carry_0 = layout.dense(carry_0.to(current.dtype))
-    u = layout.empty(current.dtype, layout.steps) if keep_u else None
     spikes, carry = layout.empty(current.dtype, layout.steps), layout.empty(current.dtype)
-    addresses = (_at(current), _at(carry_0), _at(keep), _at(u), _at(spikes), _at(carry))
+    addresses = (_at(current), _at(carry_0), _at(keep), _at(spikes), _at(carry))
     constants = number(v), number(leak), number(number(v) * number(leak) if leak_reset else v)
     _run(_forward, _forward_parallel, (*addresses, *constants, *layout.sizes), layout.blocks, layout.threads)
-    return spikes, carry, u
+    return spikes, carry
 
 
 class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, current: Tensor, carry_0: Tensor | None, raw_v: Tensor, raw_leak: Tensor, keep: Tensor | None,
-        hold: int, leak_reset: bool,
+        ctx: Any, current: Tensor, carry_0: Tensor | None, keep: Tensor | None, raw_v: Tensor, raw_leak: Tensor,
+        layout: _Layout, leak_reset: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        layout = _Layout(current, keep, hold)
-        ctx.v, ctx.leak = _bounds(raw_v, raw_leak)
-        ctx.raw = raw_v.item(), raw_leak.item()
-        spikes, carry, u = _scan(current, carry_0, ctx.v, ctx.leak, keep, layout, leak_reset, keep_u=True)
-        ctx.layout, ctx.leak_reset, ctx.dtypes = layout, leak_reset, (raw_v.dtype, raw_leak.dtype)
-        ctx.save_for_backward(u, keep)
+        bounds = _bounds(raw_v, raw_leak)
+        ctx.save_for_backward(current, carry_0, keep)
+        ctx.constants = *bounds, layout, leak_reset
+        ctx.raw = raw_v.item(), raw_leak.item(), raw_v.dtype, raw_leak.dtype
+        ctx.spikes_again = _spikes_again
         ctx.set_materialize_grads(False)
-        return spikes, carry
+        return _scan(current, carry_0, keep, *bounds, layout, leak_reset)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_spikes: Tensor | None, grad_carry: Tensor | None) -> tuple[Tensor | None, ...]:
-        u, keep = ctx.saved_tensors
-        layout: _Layout = ctx.layout
-        number: Any = NUMPY_TYPE[u.dtype]
-        grad_spikes = torch.zeros_like(u) if grad_spikes is None else layout.dense(grad_spikes)
+        current, carry_0, keep = ctx.saved_tensors
+        v, leak, layout, leak_reset = ctx.constants
+        number: Any = NUMPY_TYPE[current.dtype]
+        if grad_spikes is None:
+            grad_spikes = layout.empty(current.dtype, layout.steps).zero_()
+        grad_spikes = layout.dense(grad_spikes)
         grad_carry = None if grad_carry is None else layout.dense(grad_carry)
-        grad_current = layout.empty(u.dtype, layout.steps // layout.hold)
-        grad_carry_0 = layout.empty(u.dtype) if ctx.needs_input_grad[1] else None
+        grad_current = layout.empty(current.dtype, current.shape[0])
+        grad_carry_0 = layout.empty(current.dtype) if ctx.needs_input_grad[1] else None
         sums = np.empty((layout.blocks, 2))
-        addresses = (_at(u), _at(grad_spikes), _at(grad_carry), _at(keep), _at(grad_current), _at(grad_carry_0))
-        args = (*addresses, sums, number(ctx.v), number(ctx.leak), ctx.leak_reset, *layout.sizes)
+        addresses = (_at(current), _at(carry_0), _at(keep), _at(grad_spikes), _at(grad_carry))
+        results = (_at(grad_current), _at(grad_carry_0), sums)
+        args = (*addresses, *results, number(v), number(leak), leak_reset, *layout.sizes)
         _run(_backward, _backward_parallel, args, layout.blocks, layout.threads)
         grad_v, grad_leak = sums.sum(0).tolist()
         # As in the reference: dropped only where a descent step would lead further out of bounds.
-        raw_v, raw_leak = ctx.raw
+        raw_v, raw_leak, type_v, type_leak = ctx.raw
         if raw_v <= MIN_THRESHOLD and grad_v > 0:
             grad_v = 0.0
         if (raw_leak <= 0 and grad_leak > 0) or (raw_leak >= 1 and grad_leak < 0):
             grad_leak = 0.0
-        dtype_v, dtype_leak = ctx.dtypes
-        grads = torch.tensor(grad_v, dtype=dtype_v), torch.tensor(grad_leak, dtype=dtype_leak)
-        return grad_current, grad_carry_0, *grads, None, None, None
+        grads = torch.tensor(grad_v, dtype=type_v), torch.tensor(grad_leak, dtype=type_leak)
+        return grad_current, grad_carry_0, None, *grads, None, None
+
+
+def _spikes_again(ctx: Any) -> Tensor:
+    return _scan(*ctx.saved_tensors, *ctx.constants)[0]
 
 
 def _bounds(raw_v: Tensor, raw_leak: Tensor) -> tuple[float, float]:
@@ -383,12 +392,13 @@ def cpu_scan(
     leak_reset: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`snn_rl.scan.lif_scan` for single and double precision on the CPU."""
+    layout = _Layout(current, keep, hold)
+    current = layout.dense(current)
+    if carry is not None:
+        carry = layout.dense(carry.to(current.dtype))
     if keep is not None:
         keep = keep.to(current.dtype).contiguous()
-    if torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (current, carry, raw_threshold, raw_leak)
-    ):
-        return _Scan.apply(current, carry, raw_threshold, raw_leak, keep, hold, leak_reset)
-    layout = _Layout(current, keep, hold)
-    v, leak = _bounds(raw_threshold, raw_leak)
-    return _scan(current, carry, v, leak, keep, layout, leak_reset, keep_u=False)[:2]
+    inputs = (current, carry, raw_threshold, raw_leak)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        return _Scan.apply(current, carry, keep, raw_threshold, raw_leak, layout, leak_reset)
+    return _scan(current, carry, keep, *_bounds(raw_threshold, raw_leak), layout, leak_reset)

@@ -91,7 +91,7 @@ class _Scan(torch.autograd.Function):
             torch.gt(u[t], v, out=spikes[t])  # fire
             carry = torch.addcmul(leak * u[t], spikes[t], minus_reset)  # reset
         ctx.save_for_backward(u, v, leak, *([] if keep is None else [keep]))
-        ctx.leak_reset = leak_reset
+        ctx.leak_reset, ctx.spikes_again = leak_reset, _spikes_again
         return spikes, carry
 
     @staticmethod
@@ -112,3 +112,8 @@ class _Scan(torch.autograd.Function):
         grad_v = -(through_spike * u).sum() / v - reset * (leak if ctx.leak_reset else 1)
         grad_leak = (grad_carries * u).sum() - (reset * v if ctx.leak_reset else 0)
         return grad_u, grad_carry, grad_v, grad_leak, None, None
+
+
+def _spikes_again(ctx: Any) -> Tensor:
+    u, v, *_ = ctx.saved_tensors
+    return torch.gt(u, v, out=torch.empty_like(u))
