@@ -14,8 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 def medians(cases: Mapping[str, Callable[[], object]], rounds: int, device: str = "cpu") -> dict[str, float]:
     """Median seconds per call of each case.
 
-    The cases take turns, so that a slow spell of the machine meets them all. A turn is a call that is not counted, which
-    fills the caches as the call before does in real use, and three that are.
+    The cases take turns, so that a slow spell of the machine meets them all. A turn is one call that is not counted,
+    which fills the caches as the call before does in real use, and three that are.
     """
     times: dict[str, list[float]] = {name: [] for name in cases}
     for round_ in range(-1, rounds):  # one round warms up

@@ -155,7 +155,7 @@ def norse_neuron(threshold: float) -> Neuron:
     return loop
 
 
-# framework: its neuron, and whether its reset leaks (DIET-SNN's equation) as ours then does for the comparison of outputs
+# framework: its neuron, and whether its reset leaks (DIET-SNN's equation), as ours then does where outputs are compared
 PEERS: dict[str, tuple[Callable[[float], Neuron], bool]] = {
     "spikingjelly": (spikingjelly_neuron, True),
     "snntorch": (snntorch_neuron, False),

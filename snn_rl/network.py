@@ -127,8 +127,7 @@ class SpikingNetwork(nn.Module):
 
         ``episode_start`` (frames, batch) is 1 or True where membranes are cleared before the frame.
         """
-        frames, batch = x.shape[:2]
-        if frames < 1:
+        if x.shape[0] < 1:
             raise ValueError("a sequence must have at least one frame, got 0")
         if state is not None and len(state) != len(self._lif_nodes):
             raise ValueError(f"state must hold {len(self._lif_nodes)} carries, one per LIF layer, got {len(state)}")

@@ -1,8 +1,8 @@
 """The LIF scan on the CPU: one pass over memory forward, one backward, compiled by numba.
 
-The neurons of a sample are cut into blocks that fit the cache. A block walks through all micro-steps before the next one
-starts, so that its carry never leaves the cache; threads share the blocks out among themselves. The backward pass keeps
-the current alone and recomputes a block's membrane potentials from it, which is faster than to write and read them.
+The neurons of a sample are cut into blocks that fit the cache. A block walks through all micro-steps before the next
+one starts, so that its carry never leaves the cache; threads share the blocks out among themselves. The backward pass
+keeps the current alone and recomputes a block's membrane potentials from it: faster than to write and read them.
 
 Arrays enter the kernels by address: that saves most of what a call costs, which counts where one frame is played.
 """
@@ -106,8 +106,8 @@ def _forward_parallel(
 ) -> None:  # fmt: skip
     for i in numba.prange(threads):
         _forward(
-            current_at, carry_0_at, keep_at, spikes_at, carry_at, v, leak, reset, steps, hold, frame, rows, width, block,
-            blocks * i // threads, blocks * (i + 1) // threads,
+            current_at, carry_0_at, keep_at, spikes_at, carry_at, v, leak, reset, steps, hold, frame, rows, width,
+            block, blocks * i // threads, blocks * (i + 1) // threads,
         )  # fmt: skip
 
 
