@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -65,6 +66,7 @@ class SpikeCounter:
         self.spikes: dict[str, float] = dict.fromkeys(network.lif_layers, 0.0)
         self.neurons: dict[str, int] = {}  # per observation
         self.inferences: dict[str, int] = dict.fromkeys(network.lif_layers, 0)
+        self.counted: np.ndarray | None = None  # (batch,) bool, which of the batch to count; None counts all
 
     def rates(self) -> dict[str, float]:
         """Spikes per neuron and inference of each layer. Raises ValueError where nothing was counted."""
@@ -86,6 +88,8 @@ def count_spikes(network: SpikingNetwork) -> Iterator[SpikeCounter]:
     def hook(name: str) -> Any:
         def count(_: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
             spikes = output[0]  # (frames * T, batch, ...)
+            if counter.counted is not None:
+                spikes = spikes[:, torch.as_tensor(counter.counted, device=spikes.device)]
             counter.spikes[name] += float(spikes.detach().sum(dtype=torch.float64))
             counter.neurons[name] = math.prod(spikes.shape[2:])
             counter.inferences[name] += spikes.shape[0] // network.timesteps * spikes.shape[1]

@@ -50,7 +50,7 @@ POOLING_FUNCTIONS = (
 )
 RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
 ADDITIONS = (operator.add, operator.iadd, torch.add)
-MAX_CALIBRATION_VALUES = 2**20  # kept per layer and batch; more are sampled without bias
+MAX_CALIBRATION_VALUES = 2**21  # kept per layer, of all batches; more are sampled without bias
 
 WAY_OUT = {
     "MaxPool": "use average pooling or a stride in its place",
@@ -137,8 +137,10 @@ def spread_first_synapse(network: SpikingNetwork, samples: Tensor, max_gain: flo
     x = samples.flatten(1)
     gain = torch.rand(first.out_features, 1, device=x.device).mul(math.log(max_gain)).exp()
     threshold = next(iter(network.lif_layers.values())).threshold
+    deviation = x.std(0, correction=0)
+    deviation[deviation < 1e-6] = 1.0  # an entry that never varies says nothing: any unit does
     with torch.no_grad():
-        first.weight.copy_(torch.randn_like(first.weight) * gain / x.std(0).clamp(min=1e-6))
+        first.weight.copy_(torch.randn_like(first.weight) * gain / deviation)
         at = x[torch.randint(len(x), (first.out_features,), device=x.device)]
         first.bias.copy_(threshold / 2 - (first.weight * at).sum(1))
 
@@ -158,6 +160,8 @@ def _prepare(ann: nn.Module, *, leak: float, leak_reset: bool) -> tuple[fx.Graph
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     if len(placeholders) != 1:
         raise ValueError(f"the network must have exactly one input, got {[node.name for node in placeholders]}")
+    _refuse_overwritten(graph)
+    graph.graph.eliminate_dead_code()
     _fuse_batch_norm(graph)
     # Found before any is replaced: one ReLU module may serve several nodes, each of which gets its own LIF layer.
     lif_nodes = [node for node in graph.graph.nodes if _is_relu(graph, node)]
@@ -175,6 +179,43 @@ def _prepare(ann: nn.Module, *, leak: float, leak_reset: bool) -> tuple[fx.Graph
     graph.delete_all_unused_submodules()
     graph.recompile()
     return graph, lif_nodes
+
+
+def _refuse_overwritten(graph: fx.GraphModule) -> None:
+    """Refuse an operation in place whose operand is read again: what conversion puts for it is not in place."""
+    memory: dict[fx.Node, fx.Node] = {}  # of each node: the node whose memory it may share
+    overwritten: dict[fx.Node, tuple[fx.Node, set[fx.Node]]] = {}  # memory -> the operation, and all that it made stale
+    for node in graph.graph.nodes:
+        for source in node.all_input_nodes:
+            by, stale = overwritten.get(memory[source], (None, set()))
+            if by is not None and source in stale:
+                raise ValueError(
+                    f"cannot convert node {by.name!r}: it changes {source.name!r} in place, which node {node.name!r} "
+                    "reads afterwards; use the operation that returns a new tensor"
+                )
+        memory[node] = memory[node.args[0]] if _may_share_memory(graph, node) else node
+        if _is_in_place(graph, node):
+            root = memory[node]
+            overwritten[root] = (node, {other for other, of in memory.items() if of is root and other is not node})
+
+
+def _is_in_place(graph: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return bool(getattr(graph.get_submodule(str(node.target)), "inplace", False))
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    is_named_so = name == "iadd" or (name.endswith("_") and not name.endswith("__"))
+    return node.op in ("call_function", "call_method") and (is_named_so or bool(node.kwargs.get("inplace", False)))
+
+
+def _may_share_memory(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the output may be the first operand's memory: changed in place, viewed, or handed through."""
+    if not (node.args and isinstance(node.args[0], fx.Node)):
+        return False
+    if _is_in_place(graph, node):
+        return True
+    if node.op == "call_module":
+        return isinstance(graph.get_submodule(str(node.target)), (nn.Flatten, nn.Identity, *DROPOUTS))
+    return node.target in ("view", "reshape", "flatten", "contiguous", torch.flatten, torch.reshape, F.dropout)
 
 
 def _fuse_batch_norm(graph: fx.GraphModule) -> None:
@@ -340,6 +381,7 @@ class _Recorder(fx.Interpreter):
     def __init__(self, graph: fx.GraphModule, lif_nodes: list[fx.Node]) -> None:
         super().__init__(graph)
         self.samples: dict[fx.Node, list[np.ndarray]] = {node: [] for node in lif_nodes}
+        self.fraction = dict.fromkeys(lif_nodes, 1.0)  # of all values, that are kept
         self.batch = 0
         self.generator = np.random.default_rng(0)
 
@@ -353,11 +395,18 @@ class _Recorder(fx.Interpreter):
                 )
             return out
         x = self.env[n.args[0]]  # type: ignore[index]
-        values = x.detach().flatten().float().cpu().numpy()
-        if values.size > MAX_CALIBRATION_VALUES:
-            values = self.generator.choice(values, MAX_CALIBRATION_VALUES, replace=False)
-        self.samples[n].append(values)
+        self._keep(n, x.detach().flatten().float().cpu().numpy())
         return torch.relu(x)
+
+    def _keep(self, node: fx.Node, values: np.ndarray) -> None:
+        """Add to a layer's sample, in which every value of every batch is with the same probability."""
+        if self.fraction[node] < 1:
+            values = values[self.generator.random(values.size) < self.fraction[node]]
+        kept = self.samples[node]
+        kept.append(values)
+        while sum(v.size for v in kept) > MAX_CALIBRATION_VALUES:
+            kept[:] = [v[self.generator.random(v.size) < 0.5] for v in kept]
+            self.fraction[node] /= 2
 
 
 def _calibrate(

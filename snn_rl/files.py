@@ -9,15 +9,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+TEMPORARY = ".writing-"  # how the names of files begin that are not whole yet
+
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside ``path`` with the same ending; what was written there replaces ``path`` at the end.
 
-    Where the block fails (a full disk, say), ``path`` is left as it was and the temporary file is removed.
+    Where the block fails (a full disk, say), ``path`` is left as it was and the temporary file is removed. One that a
+    killed process left behind is overwritten by the next.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f"{TEMPORARY}{path.name}")
     try:
         yield temporary
         temporary.chmod(0o644)  # some writers make private files, these are to be shared

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -58,7 +58,10 @@ class SpikingNetwork(nn.Module):
     def __init__(self, graph: fx.GraphModule, timesteps: int) -> None:
         super().__init__()
         # The format in which convolutions are fastest, and which LIF layers keep.
-        self.graph = graph.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for parameter in graph.parameters():
+            if parameter.dim() == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        self.graph = graph
         self.timesteps = timesteps
         nodes = list(graph.graph.nodes)
         self._lif_nodes = {n: str(n.target) for n in nodes if n.op == "call_module" and self._is_lif(n)}
@@ -110,7 +113,7 @@ class SpikingNetwork(nn.Module):
     @property
     def lif_layers(self) -> dict[str, LIF]:
         """The LIF layers by name, in the order in which the signal reaches them."""
-        return {name: self.graph.get_submodule(name) for name in self._lif_nodes.values()}
+        return {name: cast(LIF, self.graph.get_submodule(name)) for name in self._lif_nodes.values()}
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """One frame: ``x`` (batch, ...) -> output (batch, ...) and the state the next frame starts from.

@@ -28,12 +28,13 @@ from snn_rl.dqn import ConvExtractor, SequenceReplayBuffer, SpikingDQN, SpikingD
 from snn_rl.dqn.replay import frame_stack_of
 from snn_rl.dqn.teacher import StackedTeacher
 from snn_rl.evaluation import evaluate, spiking_network
-from snn_rl.files import atomic, read_json, write_json
+from snn_rl.files import TEMPORARY, atomic, read_json, write_json
 from snn_rl.policy_file import load_policy, save_policy
 from snn_rl.recipe import SEEDS_PER_RUN, TEST_SEEDS, VALIDATION_SEEDS, Recipe
 
 PROTOCOL = "greedy, one episode per seed, seeds unseen in training and selection"
 CURVE_POINTS = 400
+BEST = "best.zip"
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,12 @@ class Run:
     progress_bar: bool = False
 
     def env(self, stage: Stage, num_envs: int, seeds_from: int) -> VecEnv:
-        return self.recipe.build_env(num_envs, seeds_from + self.seed * SEEDS_PER_RUN, **self.env_kwargs(stage))
+        return self.recipe.build_env(num_envs, seeds_from + self.first_seed, **self.env_kwargs(stage))
+
+    @property
+    def first_seed(self) -> int:
+        """Of this run's range of seeds: the training environments' and the generators'."""
+        return self.seed * SEEDS_PER_RUN
 
     def env_kwargs(self, stage: Stage) -> dict[str, Any]:
         ann = self.recipe.ann_env_kwargs if stage.timesteps is None else {}
@@ -103,6 +109,7 @@ def run(
     for stage in stages:
         if not (directory / stage.name / "metrics.json").is_file():
             _train_stage(this, stage)
+        _remove_leftovers(directory / stage.name)
         results = collect_results(this, stages)
         write_json(directory / "results.json", results)
     return results
@@ -114,8 +121,10 @@ def check_device(device: str) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         kind = torch.device(device).type
-    except RuntimeError as error:
-        raise ValueError(f"unknown device {device!r}; use auto, cpu or cuda") from error
+    except RuntimeError:
+        kind = "unknown"
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"unknown device {device!r}; use auto, cpu or cuda")
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} was asked for, but torch sees no CUDA device here; use --device cpu")
     return device
@@ -125,7 +134,7 @@ def _claim(directory: Path, recipe: Recipe, seed: int, ann: Path | None) -> None
     """Bind the directory to this run, or find that it is."""
     if ann is not None and not ann.is_file():
         raise ValueError(f"no file at {ann}; --ann takes the zip of an SB3 DQN")
-    config = {"recipe": recipe.as_dict(), "seed": seed, "ann": None if ann is None else str(ann)}
+    config = {"recipe": recipe.as_dict(), "seed": seed, "ann": None if ann is None else str(ann.resolve())}
     path = directory / "run.json"
     if not path.is_file():
         write_json(path, config)
@@ -195,15 +204,14 @@ def _train_stage(this: Run, stage: Stage) -> None:
             callback.finish()
         history.extra_steps += model.num_timesteps
         history.extra_updates += model._n_updates
-        if (folder / "best.zip").is_file():
-            model = _load(this, stage.algorithm, folder / "best.zip")
+        if (folder / BEST).is_file():
+            model = _load(this, stage.algorithm, folder / BEST)
     _export(this, stage, model, history)
 
 
 def _begin(this: Run, stage: Stage) -> tuple[DQN, History]:
     """A stage's algorithm before its first step of learning on its own play."""
-    for leftover in ("best.zip", "checkpoint.zip"):
-        (this.directory / stage.name / leftover).unlink(missing_ok=True)
+    _remove_leftovers(this.directory / stage.name)
     env = this.env(stage, this.recipe.num_envs, 0)
     if stage.timesteps is None:
         return _new_ann(this, env), History()
@@ -228,7 +236,7 @@ def _begin(this: Run, stage: Stage) -> tuple[DQN, History]:
         "td_weight": config.td_weight,
         "distillation_weight": config.distillation_weight,
         "distillation_temperature": config.distillation_temperature,
-        "seed": this.seed,
+        "seed": this.first_seed,
         "device": this.device,
     }
     ann.exploration_rate = config.exploration_eps
@@ -294,7 +302,7 @@ def _new_ann(this: Run, env: VecEnv) -> DQN:
         exploration_final_eps=config.exploration_eps,
         max_grad_norm=config.max_grad_norm,
         policy_kwargs=policy_kwargs,
-        seed=this.seed,
+        seed=this.first_seed,
         device=this.device,
     )
 
@@ -311,6 +319,8 @@ def _load_ann(this: Run, stage: Stage, path: Path) -> DQN:
         model = DQN.load(path, device=this.device)
     except Exception as error:  # unpickling a foreign file may raise anything
         raise ValueError(f"{path} is not a readable SB3 DQN: {_one_line(error)}") from error
+    if isinstance(model.policy, SpikingDQNPolicy):
+        raise ValueError(f"{path} holds a spiking agent; --ann takes an ANN: an SB3 DQN")
     env = this.env(stage, 1, 0)
     for name in ("observation_space", "action_space"):
         ours, theirs = getattr(model, name), getattr(env, name)
@@ -394,7 +404,8 @@ class StageCallback(BaseCallback):
         self.logger.record("validation/mean_reward", mean)
         self.logger.dump(self.num_timesteps)
         if mean >= best:
-            with atomic(self.folder / "best.zip") as temporary:
+            self.model.validated = self.history.validation[-1]  # type: ignore[attr-defined]  # saved with the model
+            with atomic(self.folder / BEST) as temporary:
                 self.model.save(temporary)
 
     def _checkpoint(self) -> None:
@@ -423,6 +434,14 @@ def _resume(this: Run, stage: Stage) -> tuple[DQN, History] | None:
     kept = [n for n, at in enumerate(history.curve["env_steps"]) if at <= steps]
     history.curve = {key: [values[n] for n in kept] for key, values in history.curve.items()}
     history.validation = [[at, mean] for at, mean in history.validation if at <= steps]
+    if (folder / BEST).is_file():  # perhaps of a validation that was made since, and is as true
+        validated = _load(this, stage.algorithm, folder / BEST).validated  # type: ignore[attr-defined]
+        if validated not in history.validation:
+            history.validation.append(validated)
+    # Not the same episodes and the same exploration once more, which the stage began with.
+    draw = np.random.default_rng([this.seed, steps])
+    model.set_random_seed(int(draw.integers(2**31)))
+    env.seed(this.first_seed + int(draw.integers(SEEDS_PER_RUN - this.recipe.num_envs + 1)))
     return model, history
 
 
@@ -473,22 +492,30 @@ def _export(this: Run, stage: Stage, model: DQN, history: History) -> None:
             },
             "threshold": {name: lif.threshold.item() for name, lif in lifs.items()},
             "leak": {name: lif.leak.item() for name, lif in lifs.items()},
+            "versions": versions(),
+            "hardware": hardware(this.device),
         },
     )
-    for leftover in ("best.zip", "checkpoint.zip", "checkpoint.json", "checkpoint.replay.pkl"):
-        (folder / leftover).unlink(missing_ok=True)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """What a stage needs on its way only, and what a kill left half-written."""
+    for pattern in (BEST, "checkpoint.*", f"{TEMPORARY}*"):
+        for leftover in folder.glob(pattern):
+            leftover.unlink()
 
 
 def collect_results(this: Run, stages: list[Stage]) -> dict[str, Any]:
-    """What ``results.json`` holds: the metrics of all finished stages and where they were measured."""
-    finished = (this.directory / stage.name / "metrics.json" for stage in stages)
+    """What ``results.json`` holds: the metrics of all finished stages, and where the last of them was measured."""
+    paths = (this.directory / stage.name / "metrics.json" for stage in stages)
+    finished = [read_json(path) for path in paths if path.is_file()]
     return {
         "recipe": this.recipe.name,
         "env_id": this.recipe.env_id,
         "seed": this.seed,
-        "versions": versions(),
-        "hardware": hardware(this.device),
-        "stages": [read_json(path) for path in finished if path.is_file()],
+        "versions": finished[-1]["versions"],
+        "hardware": finished[-1]["hardware"],
+        "stages": finished,
     }
 
 

@@ -26,7 +26,7 @@ from snn_rl.network import SpikingNetwork
 
 # The one key of the file's metadata: safetensors writes several in random order, and a file's checksum is to depend on
 # the policy alone.
-FORMAT = "snn_rl-policy-1"
+FORMAT = "snn_rl-policy-2"
 EXTRACTORS: dict[str, type[BaseFeaturesExtractor]] = {
     "FlattenExtractor": FlattenExtractor,
     "NatureCNN": NatureCNN,
@@ -77,13 +77,18 @@ def save_policy(model: DQN, path: Path, provenance: dict[str, Any]) -> None:
     """Write the online network of an SB3 DQN or a `SpikingDQN` to ``path``, atomically.
 
     Raises:
-        ValueError: a features extractor or a space that the format does not know.
+        ValueError: a features extractor, an activation or a space that the format does not know.
     """
     policy = model.policy
     extractor = policy.features_extractor_class.__name__
     if EXTRACTORS.get(extractor) is not policy.features_extractor_class:
         raise ValueError(
             f"features extractor {extractor!r} cannot be stored in a policy file, which knows {sorted(EXTRACTORS)}; "
+            "keep model.zip"
+        )
+    if policy.activation_fn is not nn.ReLU:
+        raise ValueError(
+            f"activation {policy.activation_fn.__name__} cannot be stored in a policy file, which knows ReLU; "
             "keep model.zip"
         )
     metadata = {
@@ -123,7 +128,7 @@ def load_policy(path: str | Path, device: str = "cpu") -> LoadedPolicy:
     try:
         metadata = json.loads(header[FORMAT])
         policy = _build(metadata)
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, ArithmeticError, AssertionError) as error:
         raise ValueError(f"{path} describes no policy that can be built: {type(error).__name__}: {error}") from error
     try:
         policy.q_net.load_state_dict(weights)

@@ -124,6 +124,21 @@ class Recipe:
                     raise ValueError(f"{prefix}{name} must be >= 0, got {value}")
                 if isinstance(value, float) and name in FRACTIONS and value > 1:
                     raise ValueError(f"{prefix}{name} must lie in [0, 1], got {value}")
+        for kwargs, prefix in ((self.env_kwargs, "env_kwargs"), (self.ann_env_kwargs, "ann_env_kwargs")):
+            if int(kwargs.get("frame_stack", 1)) < 1:
+                raise ValueError(f"{prefix}.frame_stack must be >= 1, got {kwargs['frame_stack']}")
+        snn = self.snn
+        if not snn.td_weight and not snn.distillation_weight:
+            raise ValueError("snn.td_weight and snn.distillation_weight must not both be 0: nothing would be learnt")
+        if not snn.distillation_temperature:
+            raise ValueError("snn.distillation_temperature must be > 0, got 0.0")
+        window = snn.burn_in + snn.sequence_length + snn.n_steps
+        window += int(self.env_kwargs.get("frame_stack", 1)) - 1
+        if snn.buffer_size < window * self.num_envs:
+            raise ValueError(
+                f"snn.buffer_size must be >= {window * self.num_envs}, a window for each environment, "
+                f"got {snn.buffer_size}"
+            )
         if not 0 < self.snn.percentile <= 100:
             raise ValueError(f"snn.percentile must lie in (0, 100], got {self.snn.percentile}")
         frames = int(self.ann_env_kwargs.get("frame_stack", 1)) // int(self.env_kwargs.get("frame_stack", 1))

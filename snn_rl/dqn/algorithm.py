@@ -16,7 +16,6 @@ from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFreq, TrainFrequencyUnit
-from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -34,7 +33,7 @@ SelfSpikingDQN = TypeVar("SelfSpikingDQN", bound="SpikingDQN")
 class SpikingDQN(DQN):
     """DQN whose Q-network spikes; its membranes persist from frame to frame and are cleared where an episode starts.
 
-    Takes SB3's DQN arguments, with these differences:
+    Takes SB3's DQN arguments but ``optimize_memory_usage`` (frames are stored once anyway), with these differences:
 
     Args:
         policy: ``"MlpPolicy"``, ``"CnnPolicy"`` or a subclass of `SpikingDQNPolicy`; ``policy_kwargs`` also take
@@ -121,6 +120,7 @@ class SpikingDQN(DQN):
         self.teacher: DQN | StackedTeacher | None = None  # set by whoever trains with a distillation loss; never saved
         self._last_state: NumpyState | None = None  # aligned with `_last_obs`: the membranes before it is seen
         self._next_state: NumpyState | None = None  # after it was seen; committed with the transition
+        self._exploration: np.random.Generator | None = None
         self._actor: DQN | StackedTeacher | None = None  # who acts in place of this agent, while `collect` runs
         try:
             super().__init__(
@@ -158,12 +158,20 @@ class SpikingDQN(DQN):
 
     def _setup_model(self) -> None:
         if self.replay_buffer is None and self.env is not None:
-            self.replay_buffer_kwargs.setdefault("frame_stack", frame_stack_of(self.env))
+            self.replay_buffer_kwargs = {"frame_stack": frame_stack_of(self.env), **self.replay_buffer_kwargs}
         n_steps, self.n_steps = self.n_steps, 1
         super()._setup_model()
         self.n_steps = n_steps
+        if self.replay_buffer is not None:
+            slots = self.window_length + self.replay_buffer.frame_stack - 1
+            if self.replay_buffer.buffer_size < slots:
+                raise ValueError(
+                    f"buffer_size must be >= {slots * self.n_envs} for windows of burn_in + sequence_length + n_steps "
+                    f"= {self.window_length} frames in each of {self.n_envs} environments, got {self.buffer_size}"
+                )
         # An own generator: drawing from numpy's global one would tie the agent to whatever else draws from it.
-        self._exploration = np.random.default_rng(self.seed)
+        if self._exploration is None:  # a loaded agent's goes on where it was
+            self._exploration = np.random.default_rng(self.seed)
 
     # --- acting
 
@@ -179,11 +187,12 @@ class SpikingDQN(DQN):
         Each environment draws for itself, and the network always runs: a random action must not freeze the membranes.
         """
         actions, state = self.policy.predict(observation, state, episode_start, deterministic)
-        if not deterministic:
-            explore = self._exploration.random(actions.shape) < self.exploration_rate
-            n = int(self.action_space.n)  # type: ignore[attr-defined]
-            actions = np.where(explore, self._exploration.integers(n, size=actions.shape), actions)
-        return actions, state
+        return actions if deterministic else self._explore(actions, self.exploration_rate), state
+
+    def _explore(self, actions: np.ndarray, rate: float) -> np.ndarray:
+        assert self._exploration is not None
+        random = self._exploration.integers(int(self.action_space.n), size=actions.shape)  # type: ignore[attr-defined]
+        return np.where(self._exploration.random(actions.shape) < rate, random, actions)
 
     def _setup_learn(
         self,
@@ -205,8 +214,9 @@ class SpikingDQN(DQN):
         actor = self._actor or self
         assert self._last_obs is not None
         actions, self._next_state = actor.predict(
-            self._last_obs, self._last_state, self._last_episode_starts, deterministic=False
+            self._last_obs, self._last_state, self._last_episode_starts, deterministic=True
         )
+        actions = self._explore(actions, _dqn_of(actor).exploration_rate)
         if self.num_timesteps < learning_starts:
             actions = np.array([self.action_space.sample() for _ in range(n_envs)])
         return actions, actions
@@ -312,6 +322,7 @@ class SpikingDQN(DQN):
     def _distillation_loss(self, windows: Windows, q_t: Tensor) -> Tensor:
         """`distillation_loss` against the teacher, which sees each window from silence as this agent does."""
         assert self.teacher is not None
+        _dqn_of(self.teacher).policy.set_training_mode(False)  # as it was evaluated: a loaded DQN is in training mode
         with torch.no_grad():
             if isinstance(self.teacher, StackedTeacher):
                 teacher_t = self.teacher.q_values(windows, self.burn_in, self.sequence_length)
@@ -386,7 +397,7 @@ class SpikingDQN(DQN):
                 model.observation_space,
                 normalize_images=dqn.policy.normalize_images,
             )
-            for obs in _play(player, model.env, calibration_steps)
+            for obs in model._play(player, calibration_steps)
         )
         if stacked:
             spread_first_synapse(model.q_net.network, torch.cat(list(batches)))  # type: ignore[arg-type]
@@ -403,6 +414,16 @@ class SpikingDQN(DQN):
         model.q_net.network.load_state_dict(network.state_dict())
         model.q_net_target.load_state_dict(model.q_net.state_dict())
         return model
+
+    def _play(self, actor: DQN | StackedTeacher, steps: int) -> Iterator[np.ndarray]:
+        """Observations (n_envs, ...) of another agent's epsilon-greedy play, ``steps`` in all, from fresh episodes."""
+        assert self.env is not None
+        obs, state, episode_start = self.env.reset(), None, np.ones(self.n_envs, dtype=bool)
+        for _ in range(-(-steps // self.n_envs)):
+            assert isinstance(obs, np.ndarray)
+            yield obs
+            actions, state = actor.predict(obs, state, episode_start, deterministic=True)
+            obs, _, episode_start, _ = self.env.step(self._explore(actions, _dqn_of(actor).exploration_rate))
 
     def collect(self, actor: DQN | StackedTeacher, steps: int) -> None:
         """Store ``steps`` environment steps of another agent's epsilon-greedy play in this agent's replay buffer.
@@ -450,11 +471,5 @@ class SpikingDQN(DQN):
         return [*super()._excluded_save_params(), "teacher", "_actor"]
 
 
-def _play(agent: DQN | StackedTeacher, env: VecEnv, steps: int) -> Iterator[np.ndarray]:
-    """Observations (n_envs, ...) of an agent's own epsilon-greedy play, ``steps`` in all, from fresh episodes."""
-    obs, state, episode_start = env.reset(), None, np.ones(env.num_envs, dtype=bool)
-    for _ in range(-(-steps // env.num_envs)):
-        assert isinstance(obs, np.ndarray)
-        yield obs
-        actions, state = agent.predict(obs, state, episode_start, deterministic=False)
-        obs, _, episode_start, _ = env.step(actions)
+def _dqn_of(agent: DQN | StackedTeacher) -> DQN:
+    return agent.dqn if isinstance(agent, StackedTeacher) else agent

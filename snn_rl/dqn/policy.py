@@ -142,6 +142,11 @@ class SpikingDQNPolicy(DQNPolicy):
                 return torch.as_tensor(observation[None], device=device), False
             if observation.shape[1:] == space.shape:
                 return torch.as_tensor(observation, device=device), True
+        if isinstance(observation, tuple):
+            raise ValueError(
+                "the observation is a tuple: a gymnasium environment's reset() returns (observation, info), "
+                "pass the observation alone"
+            )
         obs, vectorized = self.obs_to_tensor(observation)
         assert isinstance(obs, Tensor)
         return obs, vectorized
