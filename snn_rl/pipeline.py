@@ -11,6 +11,7 @@ import os
 import platform
 import sys
 import time
+import warnings
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -316,7 +317,9 @@ def _load(this: Run, algorithm: type[DQN], path: Path, env: VecEnv | None = None
 
 def _load_ann(this: Run, stage: Stage, path: Path) -> DQN:
     try:
-        model = DQN.load(path, device=this.device)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a spiking agent, say, which is refused below
+            model = DQN.load(path, device=this.device)
     except Exception as error:  # unpickling a foreign file may raise anything
         raise ValueError(f"{path} is not a readable SB3 DQN: {_one_line(error)}") from error
     if isinstance(model.policy, SpikingDQNPolicy):

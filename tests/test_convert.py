@@ -224,6 +224,78 @@ def test_functions_that_cannot_be_converted_are_refused(forward: object, message
         to_spiking(Forward(forward), torch.randn(6, 4))
 
 
+def in_place_relu(m: Forward, h: Tensor) -> Tensor:
+    return nn.functional.relu(h, inplace=True)
+
+
+def changed_behind_a_view(m: Forward, x: Tensor) -> Tensor:
+    h = m.fc1(x)
+    return m.fc2(torch.relu_(torch.flatten(h, 1)) + h)
+
+
+def a_statement(m: Forward, x: Tensor) -> Tensor:
+    h = torch.relu(m.fc1(x))
+    h.add_(x)
+    return m.fc2(h)
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (a_statement, "'add_': it changes 'relu' in place, which node 'fc2' reads afterwards"),
+        (
+            lambda m, x: m.fc2(in_place_relu(m, h := m.fc1(x)) + h),
+            "'relu': it changes 'fc1' in place, which node 'add'",
+        ),
+        (changed_behind_a_view, "'relu_': it changes 'fc1' in place, which node 'add' reads"),
+        (lambda m, x: (h := m.fc1(x), m.act(h), m.fc2(h))[2], "'act': it changes 'fc1' in place, which node 'fc2'"),
+    ],
+)
+def test_what_is_changed_in_place_and_read_again_is_refused(forward: object, message: str) -> None:
+    network = Forward(forward)
+    network.act = nn.ReLU(inplace=True)
+    with pytest.raises(ValueError, match=f"cannot convert node {message}"):
+        to_spiking(network, torch.randn(6, 4))
+
+
+def test_operations_in_place_that_nobody_sees_are_converted() -> None:
+    def forward(m: Forward, x: Tensor) -> Tensor:
+        h = in_place_relu(m, m.fc1(x))
+        torch.relu(m.fc1(h))  # of no effect: neither converted nor calibrated
+        h += torch.relu_(m.fc2(h))
+        return m.fc3(h)
+
+    torch.manual_seed(0)
+    ann = Forward(forward)
+    ann.fc3 = nn.Linear(4, 2)
+    x = torch.randn(64, 4)
+    network = to_spiking(ann, x, percentile=100.0, timesteps=400, leak=1.0)
+    assert len(network.lif_layers) == 2
+    with torch.no_grad():
+        torch.testing.assert_close(network(x)[0], ann(x.clone()), atol=0.03, rtol=0)
+
+
+def test_volumes_and_sequences_are_converted_too() -> None:
+    torch.manual_seed(0)
+    for conv, shape in ((nn.Conv1d, (2, 8)), (nn.Conv3d, (2, 6, 6, 6))):
+        x = torch.rand(16, *shape)
+        ann = nn.Sequential(conv(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
+        ann(x)
+        network = to_spiking(ann, x, percentile=100.0, timesteps=400, leak=1.0)
+        with torch.no_grad():
+            torch.testing.assert_close(network(x)[0], ann(x), atol=0.03, rtol=0)
+
+
+def test_a_long_calibration_is_sampled_without_favouring_any_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("snn_rl.convert.MAX_CALIBRATION_VALUES", 4096)
+    ann = nn.Sequential(nn.Linear(1, 1, bias=False), nn.ReLU(), nn.Linear(1, 1))
+    nn.init.ones_(ann[0].weight)
+    values = torch.linspace(0, 1, 100_000)[:, None]  # sorted, so that each batch holds a range of its own
+    network = to_spiking(ann, values.split(1000), percentile=90.0, rescale=False)
+    (lif,) = network.lif_layers.values()
+    assert lif.threshold.item() == pytest.approx(0.9, abs=0.03)
+
+
 @pytest.mark.parametrize(
     ("calibration", "message"),
     [
@@ -297,3 +369,12 @@ def test_spread_first_synapse_refuses_what_it_cannot_draw() -> None:
     network = to_spiking(ann, torch.rand(4, 1, 8, 8), timesteps=1)
     with pytest.raises(ValueError, match="only a Linear first layer with a bias can be spread, got Conv2d"):
         spread_first_synapse(network, torch.rand(4, 1, 8, 8))
+
+
+def test_spread_first_synapse_on_samples_that_do_not_vary() -> None:
+    ann = nn.Sequential(nn.Linear(2, 50), nn.ReLU(), nn.Linear(50, 2))
+    network = to_spiking(ann, torch.rand(8, 2), timesteps=1)
+    spread_first_synapse(network, torch.tensor([[0.3, 0.3]]))
+    first = next(m for m in network.modules() if isinstance(m, nn.Linear))
+    assert torch.isfinite(first.weight).all()
+    assert first.weight.abs().max() < 30 * 6  # a gain times a normal draw, in units of 1

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from stable_baselines3 import DQN
+from stable_baselines3.common.vec_env import DummyVecEnv
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import snn_rl.pipeline as pipeline
@@ -124,6 +125,104 @@ def test_training_validation_and_test_never_share_a_seed() -> None:
     assert TEST_SEEDS + width < 2**31
 
 
+def record_seeds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of all resets of training environments of the ANN stage."""
+    seeds: list[int] = []
+    original = DummyVecEnv.reset
+
+    def reset(self: DummyVecEnv) -> Any:
+        if len(self._seeds) == 8 and self._seeds[0] is not None:
+            seeds.extend(self._seeds)  # type: ignore[arg-type]
+        return original(self)
+
+    monkeypatch.setattr(DummyVecEnv, "reset", reset)
+    return seeds
+
+
+def test_no_two_runs_train_on_the_same_episodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds = record_seeds(monkeypatch)
+    ranges = []
+    for seed in (0, 1):
+        seeds.clear()
+        run(tiny(), tmp_path / str(seed), seed, device="cpu")
+        assert seeds
+        assert all(seed * SEEDS_PER_RUN <= s < (seed + 1) * SEEDS_PER_RUN for s in seeds)
+        ranges.append(set(seeds))
+    assert not ranges[0] & ranges[1]
+
+
+def test_a_resumed_stage_goes_on_with_other_episodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(BaseException):
+        pass
+
+    def finish(_: pipeline.StageCallback) -> None:
+        raise Killed
+
+    seeds = record_seeds(monkeypatch)
+    recipe = tiny(checkpoint_every=256)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.StageCallback, "finish", finish)
+        with pytest.raises(Killed):
+            run(recipe, tmp_path, 5, device="cpu")
+    begun = set(seeds)
+    seeds.clear()
+    run(recipe, tmp_path, 5, device="cpu")
+    resumed = seeds[:8]
+    assert resumed
+    assert not begun & set(resumed)
+    assert all(5 * SEEDS_PER_RUN <= seed < 6 * SEEDS_PER_RUN for seed in resumed)
+
+
+def test_the_best_of_before_a_kill_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validated behind the last checkpoint and saved, then killed: what is kept is in the history."""
+
+    class Killed(BaseException):
+        pass
+
+    scores = iter([10.0, 400.0])
+    evaluated = pipeline.evaluate
+
+    def evaluate(*args: Any) -> Any:
+        result = evaluated(*args)
+        score = next(scores, 3.0)
+        return dataclasses.replace(result, returns=[score])
+
+    original = pipeline.StageCallback._validate
+
+    def validate(self: pipeline.StageCallback) -> None:
+        original(self)
+        if len(self.history.validation) == 2:
+            raise Killed
+
+    monkeypatch.setattr(pipeline, "evaluate", evaluate)
+    recipe = tiny(schedule=(1,), checkpoint_every=400, validate_every=300)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.StageCallback, "_validate", validate)
+        with pytest.raises(Killed):
+            run(recipe, tmp_path, 0, device="cpu")
+    ann = run(recipe, tmp_path, 0, device="cpu")["stages"][0]
+    assert max(mean for _, mean in ann["validation"]) == 400.0
+    assert DQN.load(tmp_path / "ann" / "model.zip").validated == [600, 400.0]  # type: ignore[attr-defined]
+
+
+def test_what_a_kill_left_half_written_is_removed(finished: Path) -> None:
+    for name in (".writing-checkpoint.replay.pkl", "checkpoint.replay.pkl", "best.zip"):
+        (finished / "T2" / name).write_bytes(b"half")
+    run(tiny(), finished, 3, device="cpu")
+    assert {p.name for p in (finished / "T2").iterdir() if not p.name.startswith("events")} == {
+        "model.zip",
+        "policy.safetensors",
+        "metrics.json",
+    }
+
+
+def test_results_name_the_machine_that_trained(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (finished / "results.json").read_text()
+    monkeypatch.setattr(pipeline, "hardware", lambda _: "another machine")
+    run(tiny(), finished, 3, device="cpu")
+    assert (finished / "results.json").read_text() == before
+
+
 def test_an_early_stop_ends_every_stage_at_its_first_validation(tmp_path: Path) -> None:
     recipe = tiny(target_return=1.0, validations_at_target=1, validate_every=128)
     results = run(recipe, tmp_path, 0, device="cpu")
@@ -151,13 +250,15 @@ def test_the_best_validation_is_what_is_kept(tmp_path: Path, monkeypatch: pytest
     assert kept[-1] == kept[1]
 
 
-def test_an_sb3_dqn_from_elsewhere_takes_the_anns_place(tmp_path: Path) -> None:
+def test_an_sb3_dqn_from_elsewhere_takes_the_anns_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny(schedule=(1,))
     env = recipe.build_env(1, 0)
     dqn = DQN("MlpPolicy", env, policy_kwargs={"net_arch": [24]}, learning_starts=10, device="cpu").learn(60)
     dqn.save(tmp_path / "mine.zip")
     results = run(recipe, tmp_path / "run", 0, device="cpu", ann=tmp_path / "mine.zip")
     assert results["stages"][0]["parent"] == str(tmp_path / "mine.zip")
+    monkeypatch.chdir(tmp_path)  # by whatever path it is named
+    assert run(recipe, tmp_path / "run", 0, device="cpu", ann=Path("mine.zip")) == results
     assert results["stages"][0]["env_steps"] == 60
     assert load_policy(tmp_path / "run" / "T1" / "policy.safetensors").metadata["net_arch"] == [24]
 
@@ -283,6 +384,9 @@ def test_another_runs_directory_is_refused_and_left_alone(finished: Path) -> Non
 def test_bad_device_ann_and_seed_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown device 'gpu'; use auto, cpu or cuda"):
         run(tiny(), tmp_path, device="gpu")
+    for device in ("meta", "mps"):
+        with pytest.raises(ValueError, match=f"unknown device '{device}'; use auto, cpu or cuda"):
+            run(tiny(), tmp_path, device=device)
     with pytest.raises(ValueError, match=r"no file at .*none.zip; --ann takes the zip of an SB3 DQN"):
         run(tiny(), tmp_path, device="cpu", ann=tmp_path / "none.zip")
     with pytest.raises(ValueError, match=r"seed must lie in \[0, 100000\), got -1"):
@@ -290,6 +394,11 @@ def test_bad_device_ann_and_seed_are_named(tmp_path: Path) -> None:
     (tmp_path / "foreign.zip").write_bytes(b"not a zip")
     with pytest.raises(ValueError, match=r"foreign.zip is not a readable SB3 DQN"):
         run(tiny(), tmp_path, device="cpu", ann=tmp_path / "foreign.zip")
+
+
+def test_a_spiking_agent_is_no_ann(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model.zip holds a spiking agent; --ann takes an ANN"):
+        run(tiny(), tmp_path, device="cpu", ann=finished / "T1" / "model.zip")
 
 
 def test_cuda_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,6 +443,8 @@ sys.exit(main(["--smoke", "--schedule", "1", "--run-dir", {str(tmp_path / "run")
         ({"num_envs": 3}, "train_every must be a multiple of num_envs"),
         ({"eval_episodes": 0}, "eval_episodes must be >= 1, got 0"),
         ({"eval_episodes": 5000}, "must be <= 1000"),
+        ({"env_kwargs": {"frame_stack": 0}}, "env_kwargs.frame_stack must be >= 1, got 0"),
+        ({"ann_env_kwargs": {"frame_stack": -1}}, "ann_env_kwargs.frame_stack must be >= 1, got -1"),
         ({"ann_env_kwargs": {"frame_stack": 4}}, "snn.burn_in must be >= 3, got 0: the ANN that teaches sees 4 frames"),
     ],
 )
@@ -350,6 +461,9 @@ def test_bad_recipes_are_named(changes: dict[str, Any], message: str) -> None:
         ({"leak": -0.5}, "snn.leak must be >= 0, got -0.5"),
         ({"learning_rate": float("nan")}, "snn.learning_rate must be >= 0, got nan"),
         ({"batch_size": 0}, "snn.batch_size must be >= 1, got 0"),
+        ({"td_weight": 0.0, "distillation_weight": 0.0}, "must not both be 0: nothing would be learnt"),
+        ({"distillation_temperature": 0.0}, "snn.distillation_temperature must be > 0, got 0.0"),
+        ({"buffer_size": 50}, "snn.buffer_size must be >= 184, a window for each environment, got 50"),
     ],
 )
 def test_bad_snn_fields_are_named_before_the_ann_is_trained(changes: dict[str, Any], message: str) -> None:

@@ -13,6 +13,7 @@ from stable_baselines3 import DQN
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.torch_layers import FlattenExtractor
+from torch import nn
 
 from envs.atari import make_atari
 from snn_rl import SpikingDQN, load_policy, save_policy
@@ -91,6 +92,13 @@ def test_an_unknown_features_extractor_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_another_activation_is_refused(tmp_path: Path) -> None:
+    dqn = DQN("MlpPolicy", make_vec_env("CartPole-v1", 1), policy_kwargs={"activation_fn": nn.Tanh}, buffer_size=100)
+    with pytest.raises(ValueError, match="activation Tanh cannot be stored in a policy file, which knows ReLU"):
+        save_policy(dqn, tmp_path / "p.safetensors", PROVENANCE)
+    assert not list(tmp_path.iterdir())
+
+
 def test_missing_truncated_and_foreign_files_are_named(path: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no policy file at .*nowhere"):
         load_policy(tmp_path / "nowhere")
@@ -117,6 +125,11 @@ def test_missing_truncated_and_foreign_files_are_named(path: Path, tmp_path: Pat
         ({"net_arch": None}, "describes no policy that can be built"),
         ({"spiking": {"timesteps": 0}}, "timesteps must be an integer >= 1, got 0"),
         ({"spiking": {"backdoor": 1}}, "describes no policy that can be built"),
+        (
+            {"observation_space": {"type": "Box", "low": -1, "high": 1e9, "shape": [4], "dtype": "uint8"}},
+            "describes no policy that can be built",
+        ),
+        ({"action_space": {"type": "Discrete", "n": 0}}, "describes no policy that can be built"),
         ({"action_space": {"type": "Box", "low": 0, "high": 1, "shape": [1], "dtype": "float32"}}, "must be Discrete"),
     ],
 )

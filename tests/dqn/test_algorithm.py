@@ -124,6 +124,11 @@ def test_cleared_membranes_forget() -> None:
         np.testing.assert_array_equal(a, b)
 
 
+def test_what_reset_returns_is_not_an_observation() -> None:
+    with pytest.raises(ValueError, match="the observation is a tuple: a gymnasium environment's reset"):
+        model().predict(gym.make("CartPole-v1").reset())  # type: ignore[arg-type]
+
+
 def test_bad_states_are_named() -> None:
     agent = model()
     _, state = agent.predict(np.zeros((3, 4), dtype=np.float32))
@@ -458,6 +463,53 @@ def test_collect_leaves_the_learning_rate_at_its_start(ann: DQN) -> None:
     assert agent.policy.optimizer.param_groups[0]["lr"] == 1e-2
 
 
+def test_the_parent_explores_in_each_environment_for_itself(ann: DQN) -> None:
+    agent = SpikingDQN.from_ann(ann, cartpole(8), **{**TINY, "policy_kwargs": {}})
+    ann.exploration_rate = 0.5
+    agent.collect(ann, 2_000)
+    buffer = agent.replay_buffer
+    assert buffer is not None
+    # From the last action back, as many steps of every environment: 0 where it was the greedy one.
+    off = np.zeros((8, 200), dtype=bool)
+    for i in range(8):
+        held = slice(0, buffer.count[i])
+        acted = buffer.acted[i, held]
+        greedy, _ = ann.predict(buffer.frames[i, held][acted], deterministic=True)
+        off[i] = (buffer.slot_actions[i, held][acted] != greedy)[-200:]
+    # A random action is the greedy one every other time. Drawn once for all environments, as SB3's predict draws,
+    # half of the steps would have none off, and the others half of eight.
+    assert off.mean() == pytest.approx(0.25, abs=0.05)
+    assert (off.sum(0) == 0).mean() < 0.2
+
+
+def test_the_teacher_is_not_changed_by_teaching(ann: DQN, tmp_path: Path) -> None:
+    ann.save(tmp_path / "ann.zip")
+    loaded = DQN.load(tmp_path / "ann.zip", device="cpu")
+    loaded.policy.set_training_mode(True)  # as a loaded DQN's network is
+    agent = SpikingDQN.from_ann(ann, cartpole(2), **{**TINY, "policy_kwargs": {}}, distillation_weight=1.0)
+    agent.collect(ann, 200)
+    agent.teacher = loaded
+    agent.distill(1)
+    assert not loaded.q_net.training
+
+
+def test_exploration_goes_on_where_it_was_saved(tmp_path: Path) -> None:
+    agent = model(2)
+    agent.exploration_rate = 1.0
+    obs = np.zeros((2, 4), dtype=np.float32)
+    agent.predict(obs)
+    agent.save(tmp_path / "agent.zip")
+    expected = [agent.predict(obs)[0].tolist() for _ in range(20)]
+    loaded = SpikingDQN.load(tmp_path / "agent.zip", device="cpu")
+    assert [loaded.predict(obs)[0].tolist() for _ in range(20)] == expected
+
+
+def test_the_callers_arguments_are_left_alone() -> None:
+    kwargs: dict[str, Any] = {}
+    model(replay_buffer_kwargs=kwargs)
+    assert kwargs == {}
+
+
 def test_distillation_brings_the_network_to_its_teacher(ann: DQN) -> None:
     kwargs = {**TINY, "policy_kwargs": {}, "learning_rate": 1e-3, "batch_size": 16}
     agent = SpikingDQN.from_ann(ann, cartpole(2), timesteps=2, distillation_weight=1.0, td_weight=0.0, **kwargs)
@@ -506,6 +558,10 @@ def test_a_spiking_parent_can_teach(ann: DQN) -> None:
         ({"policy_kwargs": {"leak": 2.0}}, r"leak must lie in \[0, 1\], got 2.0"),
         ({"policy_kwargs": {"activation_fn": nn.Tanh}}, "cannot convert node"),
         ({"replay_buffer_class": dict}, "replay_buffer_class must be a SequenceReplayBuffer"),
+        (
+            {"buffer_size": 7},
+            r"buffer_size must be >= 8 for windows of burn_in \+ sequence_length \+ n_steps = 8 frames in each of 1",
+        ),
     ],
 )
 def test_bad_arguments_are_named(kwargs: dict[str, Any], message: str) -> None:

@@ -82,6 +82,10 @@ def test_distillation_loss_is_zero_at_the_teacher_and_ignores_masked_entries() -
     assert distillation_loss(student, teacher, mask, 0.3) > 0
     assert distillation_loss(student, teacher, mask, 0.3) == distillation_loss(spoiled, teacher, mask, 0.3)
     assert distillation_loss(student, teacher, torch.zeros_like(mask), 0.3) == 0
+    # the teacher's neither: the scales are those of the entries that count
+    hidden = teacher.clone()
+    hidden[~mask] *= 1000
+    assert distillation_loss(student, hidden, mask, 0.3) == distillation_loss(student, teacher, mask, 0.3)
     # the scale of the return does not matter
     torch.testing.assert_close(
         distillation_loss(student, teacher, mask, 0.3), distillation_loss(7 * student, 7 * teacher, mask, 0.3)
