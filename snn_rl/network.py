@@ -111,6 +111,11 @@ class SpikingNetwork(nn.Module):
         self._timesteps = value
 
     @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return cast(LIF, self._targets[next(iter(self._lif_nodes))]).raw_threshold.device
+
+    @property
     def lif_layers(self) -> dict[str, LIF]:
         """The LIF layers by name, in the order in which the signal reaches them."""
         return {name: cast(LIF, self.graph.get_submodule(name)) for name in self._lif_nodes.values()}

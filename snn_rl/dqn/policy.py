@@ -15,14 +15,30 @@ from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
 from torch import Tensor, nn
 
 from snn_rl.convert import DEFAULT_LEAK, spiking_architecture
-from snn_rl.network import State
+from snn_rl.network import SpikingNetwork, State
+
+try:
+    from snn_rl.events import EventDriven
+except ImportError:  # no numba, of which `snn_rl.scan` warns
+    EventDriven = None  # type: ignore[assignment, misc]
 
 NumpyState = tuple[np.ndarray, ...]  # what `predict` hands out and takes back: one (n_envs, ...) per LIF layer
+
+EVENT_DRIVEN_BATCH = 4  # environments up to which it is faster to follow the spikes than to multiply matrices
 
 
 def q_network_ann(q_net: QNetwork) -> nn.Sequential:
     """The layers of an SB3 Q-network as one module, from preprocessed observations to Q-values."""
     return nn.Sequential(OrderedDict(features=q_net.features_extractor, q=q_net.q_net))
+
+
+def _event_driven(network: SpikingNetwork) -> EventDriven | None:
+    if EventDriven is None:
+        return None
+    try:
+        return EventDriven(network)
+    except ValueError:  # not a chain: it runs layer by layer
+        return None
 
 
 class SpikingQNetwork(QNetwork):
@@ -51,6 +67,7 @@ class SpikingQNetwork(QNetwork):
         )
         self.network = spiking_architecture(q_network_ann(self), timesteps, leak=leak, leak_reset=leak_reset)
         self.persistent = persistent
+        self._events = _event_driven(self.network)
         # Converted: keeping the ANN beside it would train and save dead weights.
         self.features_extractor = None  # type: ignore[assignment]
         del self.q_net
@@ -68,14 +85,38 @@ class SpikingQNetwork(QNetwork):
     ) -> tuple[Tensor, State]:
         """Frames in sequence: ``obs`` (frames, batch, ...) -> Q-values (frames, batch, actions), last state."""
         frames, batch = obs.shape[:2]
-        folded = obs.flatten(0, 1)
-        if folded.dim() == 4:  # what convolutions here walk fastest; cheapest while a pixel is a byte
-            folded = folded.contiguous(memory_format=torch.channels_last)
-        x = preprocess_obs(folded, self.observation_space, normalize_images=self.normalize_images)
-        assert isinstance(x, Tensor)
+        x = self._preprocess(obs.flatten(0, 1))
         if not self.persistent:
             state, episode_start = None, torch.ones(frames, batch, device=x.device)
         return self.network.unroll(x.unflatten(0, (frames, batch)), state, episode_start)
+
+    def act(
+        self, obs: Tensor, state: NumpyState | None, episode_start: np.ndarray | None
+    ) -> tuple[np.ndarray, NumpyState]:
+        """`forward` without gradient, on arrays; event-driven where it can be, which is faster for a few environments.
+
+        ``episode_start`` (batch,) is True where membranes are cleared before the frame.
+        """
+        if state is not None and episode_start is not None and not episode_start.any():
+            episode_start = None
+        with torch.no_grad():
+            if len(obs) <= EVENT_DRIVEN_BATCH and self._events is not None and self._events.ready():
+                return self._events(self._preprocess(obs), state if self.persistent else None, episode_start)
+            device = obs.device
+            carries = None if state is None else tuple(torch.as_tensor(carry, device=device) for carry in state)
+            starts = None
+            if carries is not None and episode_start is not None:
+                starts = torch.as_tensor(episode_start, dtype=torch.float32, device=device)
+            q_values, new_state = self(obs, carries, starts)
+        return q_values.cpu().numpy(), tuple(carry.cpu().numpy() for carry in new_state)
+
+    def _preprocess(self, obs: Tensor) -> Tensor:
+        """Observations (batch, ...) as the first synapse takes them."""
+        if obs.dim() == 4:  # what convolutions here walk fastest; cheapest while a pixel is a byte
+            obs = obs.contiguous(memory_format=torch.channels_last)
+        x = preprocess_obs(obs, self.observation_space, normalize_images=self.normalize_images)
+        assert isinstance(x, Tensor)
+        return x
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = True) -> Tensor:
         return self(observation)[0].argmax(dim=1)
@@ -166,26 +207,21 @@ class SpikingDQNPolicy(DQNPolicy):
         """
         if self.training:  # looked at first, for walking through all modules takes as long as a small network's frame
             self.set_training_mode(False)
-        device = next(self.q_net.parameters()).device
-        obs, vectorized = self._to_tensor(observation, device)
+        obs, vectorized = self._to_tensor(observation, self.q_net.network.device)
         batch = obs.shape[0]
-        carries = None if state is None else tuple(torch.as_tensor(c, device=device) for c in state)
-        if carries is not None and any(carry.shape[0] != batch for carry in carries):
+        if state is not None and any(len(carry) != batch for carry in state):
             raise ValueError(
-                f"state must hold {batch} environments, as the observation does, got {carries[0].shape[0]}; "
+                f"state must hold {batch} environments, as the observation does, got {len(state[0])}; "
                 "start again from state=None"
             )
         starts = None
         if episode_start is not None:
-            starts = torch.as_tensor(np.asarray(episode_start, dtype=np.float32).reshape(-1), device=device)
+            starts = np.asarray(episode_start, dtype=bool).reshape(-1)
             if len(starts) != batch:
                 raise ValueError(f"episode_start must hold {batch} flags, one per environment, got {len(starts)}")
-            if state is None or not np.any(episode_start):
-                starts = None
-        with torch.no_grad():
-            q_values, new_state = self.q_net(obs, carries, starts)
-        actions = q_values.argmax(dim=1).cpu().numpy()
-        return actions if vectorized else actions[0], tuple(carry.cpu().numpy() for carry in new_state)
+        q_values, new_state = self.q_net.act(obs, state, starts)
+        actions = q_values.argmax(axis=1)
+        return actions if vectorized else actions[0], new_state
 
 
 MlpPolicy = SpikingDQNPolicy

@@ -32,7 +32,7 @@ POTENTIALS = 32_768  # of a block, all its micro-steps together: 128 KiB in sing
 PER_THREAD = 32_768  # neuron-steps below which one more thread costs more than it saves
 
 
-def _compiled(**options: Any) -> Callable[[Any], Any]:
+def compiled(**options: Any) -> Callable[[Any], Any]:
     def compile_(function: Any) -> Any:
         try:
             return numba.njit(nogil=True, error_model="numpy", cache=True, **options)(function)
@@ -51,13 +51,13 @@ def _typed_pointer(typing_context: Any, address: Any, like: Any) -> Any:
     return types.CPointer(like)(address, like), code
 
 
-_pointer: Any = intrinsic(_typed_pointer)
+pointer: Any = intrinsic(_typed_pointer)
 
 
 # --- Forward. Input and output carry are never the same memory: the compiler would then give up vector instructions.
 
 
-@_compiled()
+@compiled()
 def _step(carry_tm1: Any, current: Any, spikes: Any, carry: Any, v: Any, leak: Any, reset: Any) -> None:
     one, zero = spikes.dtype.type(1), spikes.dtype.type(0)
     for j in range(current.size):
@@ -67,18 +67,18 @@ def _step(carry_tm1: Any, current: Any, spikes: Any, carry: Any, v: Any, leak: A
         carry[j] = leak * u - (reset if fires else zero)
 
 
-@_compiled()
+@compiled()
 def _forward(
     current_at: int, carry_0_at: int, keep_at: int, spikes_at: int, carry_at: int, v: Any, leak: Any, reset: Any,
     steps: int, hold: int, frame: int, rows: int, width: int, block: int, first: int, last: int,
 ) -> None:  # fmt: skip
     """Blocks ``first`` to ``last``. Addresses: current (steps / hold, rows, width), carry_0 (rows, width) or 0 for
     silence, keep (steps / frame, rows) or 0, spikes (steps, rows, width), carry."""
-    current = numba.carray(_pointer(current_at, v), (steps // hold, rows, width))
-    carry_0 = numba.carray(_pointer(carry_0_at, v), (rows, width))
-    keep = numba.carray(_pointer(keep_at, v), (steps // frame, rows))
-    spikes = numba.carray(_pointer(spikes_at, v), (steps, rows, width))
-    carry = numba.carray(_pointer(carry_at, v), (rows, width))
+    current = numba.carray(pointer(current_at, v), (steps // hold, rows, width))
+    carry_0 = numba.carray(pointer(carry_0_at, v), (rows, width))
+    keep = numba.carray(pointer(keep_at, v), (steps // frame, rows))
+    spikes = numba.carray(pointer(spikes_at, v), (steps, rows, width))
+    carry = numba.carray(pointer(carry_at, v), (rows, width))
     blocks = (width + block - 1) // block
     silence = np.zeros(min(block, width), spikes.dtype)
     between = np.empty((2, min(block, width)), spikes.dtype)  # carries of even and odd steps
@@ -99,7 +99,7 @@ def _forward(
             before = after
 
 
-@_compiled(parallel=True)
+@compiled(parallel=True)
 def _forward_parallel(
     current_at: int, carry_0_at: int, keep_at: int, spikes_at: int, carry_at: int, v: Any, leak: Any, reset: Any,
     steps: int, hold: int, frame: int, rows: int, width: int, block: int, blocks: int, threads: int,
@@ -114,7 +114,7 @@ def _forward_parallel(
 # --- Backward. Sums over neurons may be taken in any order, which lets the compiler keep them in vectors.
 
 
-@_compiled(fastmath={"reassoc", "contract", "nsz"})
+@compiled(fastmath={"reassoc", "contract", "nsz"})
 def _step_backward(
     u: Any, grad_spikes: Any, grad_carry: Any, grad_carry_tm1: Any, v: Any, leak: Any, leak_reset: bool
 ) -> Any:
@@ -134,7 +134,7 @@ def _step_backward(
     return grad_v, grad_leak
 
 
-@_compiled()
+@compiled()
 def _potentials(carry_tm1: Any, current: Any, u: Any, carry: Any, v: Any, leak: Any, reset: Any) -> None:
     zero = u.dtype.type(0)
     for j in range(current.size):
@@ -143,7 +143,7 @@ def _potentials(carry_tm1: Any, current: Any, u: Any, carry: Any, v: Any, leak: 
         carry[j] = leak * u_j - (reset if u_j > v else zero)
 
 
-@_compiled()
+@compiled()
 def _backward(
     current_at: int, carry_0_at: int, keep_at: int, grad_spikes_at: int, grad_carry_at: int, grad_current_at: int,
     grad_carry_0_at: int, sums: Any, v: Any, leak: Any, leak_reset: bool,
@@ -151,13 +151,13 @@ def _backward(
 ) -> None:  # fmt: skip
     """Blocks ``first`` to ``last``; their dL/dv and dL/dleak into ``sums`` (blocks, 2), which so do not depend on the
     number of threads. Shapes are those of `_forward`; a grad_carry of 0 is zero, a grad_carry_0 of 0 is not wanted."""
-    current = numba.carray(_pointer(current_at, v), (steps // hold, rows, width))
-    carry_0 = numba.carray(_pointer(carry_0_at, v), (rows, width))
-    keep = numba.carray(_pointer(keep_at, v), (steps // frame, rows))
-    grad_spikes = numba.carray(_pointer(grad_spikes_at, v), (steps, rows, width))
-    grad_last = numba.carray(_pointer(grad_carry_at, v), (rows, width))
-    grad_current = numba.carray(_pointer(grad_current_at, v), (steps // hold, rows, width))
-    grad_carry_0 = numba.carray(_pointer(grad_carry_0_at, v), (rows, width))
+    current = numba.carray(pointer(current_at, v), (steps // hold, rows, width))
+    carry_0 = numba.carray(pointer(carry_0_at, v), (rows, width))
+    keep = numba.carray(pointer(keep_at, v), (steps // frame, rows))
+    grad_spikes = numba.carray(pointer(grad_spikes_at, v), (steps, rows, width))
+    grad_last = numba.carray(pointer(grad_carry_at, v), (rows, width))
+    grad_current = numba.carray(pointer(grad_current_at, v), (steps // hold, rows, width))
+    grad_carry_0 = numba.carray(pointer(grad_carry_0_at, v), (rows, width))
     reset = v * leak if leak_reset else v
     blocks = (width + block - 1) // block
     nothing = np.zeros(min(block, width), grad_spikes.dtype)
@@ -207,7 +207,7 @@ def _backward(
         sums[i, 0], sums[i, 1] = grad_v, grad_leak
 
 
-@_compiled(parallel=True)
+@compiled(parallel=True)
 def _backward_parallel(
     current_at: int, carry_0_at: int, keep_at: int, grad_spikes_at: int, grad_carry_at: int, grad_current_at: int,
     grad_carry_0_at: int, sums: Any, v: Any, leak: Any, leak_reset: bool,

@@ -85,6 +85,30 @@ def test_episode_start_clears_only_its_environment() -> None:
         assert not np.allclose(k[1], f[1])
 
 
+def test_resting_weights_are_played_event_by_event() -> None:
+    """The same actions and membranes as of an agent whose layers are watched, and so run one by one."""
+    agent, watched = model(), model()
+    watched.policy.load_state_dict(agent.policy.state_dict())
+    for lif in watched.q_net.network.lif_layers.values():
+        lif.register_forward_hook(lambda *_: None)
+    obs = np.random.default_rng(0).normal(size=(40, 2, 4)).astype(np.float32)
+    states: list[Any] = [None, None]
+    for t, frame in enumerate(obs):
+        starts = np.array([t % 7 == 0, False])
+        actions = []
+        for k, who in enumerate((agent, watched)):
+            action, states[k] = who.predict(frame, states[k], starts, deterministic=True)
+            actions.append(action)
+        np.testing.assert_array_equal(*actions)
+        for ours, theirs in zip(*states, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    events = agent.q_net._events
+    assert events is not None
+    assert events._layout is not None  # it was used
+    assert watched.q_net._events is not None
+    assert watched.q_net._events._layout is None
+
+
 def test_one_bare_observation_gives_one_bare_action() -> None:
     agent = model()
     action, state = agent.predict(np.zeros(4, dtype=np.float32), deterministic=True)

@@ -1,0 +1,212 @@
+"""Event-driven frames against the network run layer by layer: the same spikes, however the sums are taken.
+
+Weights, inputs and leaks are multiples of powers of two, few enough for single precision to hold every sum exactly, so
+that the order of additions cannot matter and spikes can be compared one by one.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from snn_rl import SpikingNetwork, to_spiking
+from snn_rl.events import CALLS_BEFORE_LAYOUT, EventDriven
+
+
+def exact(ann: nn.Module, x: Tensor, timesteps: int, *, leak_reset: bool = False) -> SpikingNetwork:
+    """A network of short binary fractions."""
+    net = to_spiking(ann, x, timesteps=timesteps, leak_reset=leak_reset).eval()
+    with torch.no_grad():
+        for p in net.parameters():
+            if p.dim() > 0:
+                p.copy_(torch.randint(-4, 8, p.shape) / 16)
+        for i, lif in enumerate(net.lif_layers.values()):
+            lif.raw_threshold.fill_(0.75 + i / 8)
+            lif.raw_leak.fill_((0.5, 1.0, 0.75, 0.0)[i % 4])
+    return net
+
+
+def inputs(*shape: int) -> Tensor:
+    return torch.randint(0, 5, shape) / 4
+
+
+def play(net: SpikingNetwork, shape: tuple[int, ...], frames: int = 4, batch: int = 3) -> None:
+    """A few frames, one environment starting anew at each, both ways."""
+    events = EventDriven(net)
+    state, carries = None, None
+    for frame in range(frames):
+        x = inputs(batch, *shape)
+        starts = np.arange(batch) == frame % batch
+        with torch.no_grad():
+            keep = None if carries is None else torch.as_tensor(starts)[None]
+            expected, carries = net.unroll(x[None], carries, keep)
+        out, state = events(x, state, None if state is None else starts)
+        np.testing.assert_array_equal(out, expected[0].numpy())
+        for ours, theirs in zip(state, carries, strict=True):
+            np.testing.assert_array_equal(ours, theirs.numpy())
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_frames_are_those_of_the_network(data: st.DataObject) -> None:
+    torch.manual_seed(data.draw(st.integers(0, 2**16), "seed"))
+    layers: list[nn.Module] = []
+    shape = channels, height, width = tuple(data.draw(st.tuples(*[st.integers(1, top) for top in (3, 9, 9)]), "shape"))
+    for _ in range(data.draw(st.integers(0, 3), "convolutions")):
+        kernel = data.draw(st.tuples(st.integers(1, min(4, height)), st.integers(1, min(4, width))), "kernel")
+        stride = data.draw(st.tuples(st.integers(1, 3), st.integers(1, 3)), "stride")
+        padding = data.draw(st.tuples(st.integers(0, 2), st.integers(0, 2)), "padding")
+        out = data.draw(st.integers(1, 5), "channels")
+        layers += [nn.Conv2d(channels, out, kernel, stride, padding, bias=data.draw(st.booleans())), nn.ReLU()]
+        channels = out
+        height, width = (
+            (n + 2 * p - k) // s + 1 for n, p, k, s in zip((height, width), padding, kernel, stride, strict=True)
+        )
+    layers += [nn.Flatten()]
+    features = channels * height * width
+    for _ in range(data.draw(st.integers(0 if layers[1:] else 1, 2), "linear")):
+        out = data.draw(st.integers(1, 9), "units")
+        layers += [nn.Linear(features, out, bias=data.draw(st.booleans())), nn.ReLU()]
+        features = out
+    layers += [nn.Linear(features, 2)]
+    timesteps = data.draw(st.sampled_from([1, 2, 4]), "timesteps")  # a mean over three would be rounded
+    ann = nn.Sequential(*layers)
+    play(exact(ann, inputs(8, *shape), timesteps, leak_reset=data.draw(st.booleans(), "leak_reset")), shape)
+
+
+def test_the_nature_cnn() -> None:
+    torch.manual_seed(0)
+    ann = nn.Sequential(
+        nn.Conv2d(4, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU(), nn.Conv2d(64, 64, 3, 1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(3136, 512), nn.ReLU(), nn.Linear(512, 6),
+    )  # fmt: skip
+    play(exact(ann, inputs(2, 4, 84, 84), 2), (4, 84, 84), batch=2)
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2))
+
+
+def test_membranes_are_not_changed_in_place() -> None:
+    events = EventDriven(exact(mlp(), inputs(8, 4), 2))
+    _, state = events(inputs(1, 4))
+    before = [carry.copy() for carry in state]
+    events(inputs(1, 4), state, np.array([True]))
+    for now, then in zip(state, before, strict=True):
+        np.testing.assert_array_equal(now, then)
+
+
+def settled(events: EventDriven) -> bool:
+    return [events.ready() for _ in range(CALLS_BEFORE_LAYOUT + 1)][-1]
+
+
+def test_new_weights_are_used_at_once() -> None:
+    net = exact(mlp(), inputs(8, 4), 1)
+    events = EventDriven(net)
+    x = inputs(1, 4)
+
+    def agree() -> bool:
+        with torch.no_grad():
+            return bool((events(x)[0] == net(x)[0].numpy()).all())
+
+    assert settled(events)
+    assert agree()
+    changes: list[Callable[[], object]] = [
+        lambda: next(net.parameters()).add_(0.5),
+        lambda: net.load_state_dict({name: value + 0.25 for name, value in net.state_dict().items()}),
+        lambda: [lif.raw_threshold.fill_(8.0) for lif in net.lif_layers.values()],
+    ]
+    for change in changes:
+        before = events(x)[0]
+        with torch.no_grad():
+            change()
+        assert not events.ready()  # and no layout of weights that may change again
+        assert settled(events)
+        assert agree()
+        assert (events(x)[0] != before).any()
+    net.timesteps = 4
+    assert agree()
+
+
+def test_layers_that_are_watched_run_as_layers() -> None:
+    net = exact(mlp(), inputs(8, 4), 1)
+    events = EventDriven(net)
+    assert settled(events)
+    handle = next(iter(net.lif_layers.values())).register_forward_hook(lambda *_: None)
+    assert not events.ready()
+    handle.remove()
+    assert events.ready()
+    net.double()
+    assert not settled(events)
+
+
+def test_copies_stand_on_their_own() -> None:
+    net = exact(mlp(), inputs(8, 4), 1)
+    events = EventDriven(net)
+    x = inputs(1, 4)
+    expected = events(x)[0]
+    for twin in (copy.deepcopy(events), pickle.loads(pickle.dumps(events))):
+        with torch.no_grad():
+            next(net.parameters()).zero_()
+        np.testing.assert_array_equal(twin(x)[0], expected)
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.first(x))
+        return self.last(torch.relu(h + self.second(h)))
+
+
+@pytest.mark.parametrize(
+    ("ann", "message"),
+    [
+        (Residual(), "is part of a branch"),
+        (nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 2)), "does not know the layer '_3'"),
+        (nn.Sequential(nn.Linear(4, 4), nn.ReLU()), "does not know the layer 'gain__1_output'"),
+    ],
+)
+def test_what_is_no_chain_is_refused(ann: nn.Module, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EventDriven(to_spiking(ann, inputs(8, 4)))
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        nn.Sequential(nn.Conv2d(2, 4, 3, groups=2), nn.ReLU(), nn.Conv2d(4, 2, 2, dilation=2)),
+        nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(4, 2, 1)),
+        nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3, padding="same")),
+    ],
+)
+def test_convolutions_that_are_not_plain_are_refused(first: nn.Module) -> None:
+    ann = nn.Sequential(first, nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
+    ann(inputs(1, 2, 8, 8))
+    with pytest.raises(ValueError, match="does not know the layer"):
+        EventDriven(to_spiking(ann, inputs(8, 2, 8, 8)))
+
+
+def test_a_chain_without_a_linear_readout_is_refused() -> None:
+    ann = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    with pytest.raises(ValueError, match="chains that end in a Linear layer"):
+        EventDriven(to_spiking(ann, inputs(8, 2, 8, 8)))
+
+
+def test_a_state_of_another_network_is_named() -> None:
+    events = EventDriven(exact(mlp(), inputs(8, 4), 1))
+    with pytest.raises(ValueError, match="state must hold 2 carries, one per LIF layer, got 1"):
+        events(inputs(1, 4), [np.zeros((1, 16), np.float32)])
+    with pytest.raises(ValueError, match=r"the carry of .* must have shape \(1, 16\), got \(1, 1\)"):
+        events(inputs(1, 4), [np.zeros((1, 16), np.float32), np.zeros((1, 1), np.float32)])
