@@ -9,6 +9,7 @@ with 8 environments and one update on 32 frames per 4 steps.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 import time
@@ -24,11 +25,13 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.vec_env import VecEnv, VecFrameStack
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `envs` is not part of the installed package
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # agents and envs are not part of the installed package
 
+from agents import RECIPES
 from envs.atari import make_atari
 from snn_rl import SpikingDQN
 from snn_rl.dqn import SequenceReplayBuffer
+from snn_rl.pipeline import Run, Stage, new_ann
 
 ENVS = 8
 
@@ -54,16 +57,20 @@ def sb3(device: str) -> DQN:
 
 
 def ann_stage(device: str) -> DQN:
-    env = make_atari("pong", ENVS, image_size=84, frame_stack=4, seed=0)
-    memory = {"replay_buffer_class": SequenceReplayBuffer, "replay_buffer_kwargs": {"frame_stack": 4}}
-    return DQN("CnnPolicy", env, **common(device), **memory, batch_size=32)  # type: ignore[arg-type]
+    ann = dataclasses.replace(
+        RECIPES["pong"].ann, env_steps=100_000, exploration_steps=1_000, buffer_size=20_000, learning_starts=500,
+        train_every=32, gradient_steps=8, batch_size=32, n_steps=1,
+    )  # fmt: skip
+    run = Run(dataclasses.replace(RECIPES["pong"], ann=ann), Path(), 0, device)
+    return new_ann(run, run.env(Stage(None, None), ENVS, 0))
 
 
 def spiking(timesteps: int) -> Callable[[str], DQN]:
     def make(device: str) -> DQN:
         env = make_atari("pong", ENVS, image_size=84, frame_stack=4, seed=0)
         windows = {"batch_size": 8, "burn_in": 0, "sequence_length": 4}  # 32 frames
-        return SpikingDQN("CnnPolicy", env, **common(device), **windows, policy_kwargs={"timesteps": timesteps})
+        network = {"timesteps": timesteps, "optimizer_kwargs": {"fused": True}}
+        return SpikingDQN("CnnPolicy", env, **common(device), **windows, policy_kwargs=network)
 
     return make
 

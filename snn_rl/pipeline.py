@@ -31,7 +31,7 @@ from snn_rl.dqn.teacher import StackedTeacher
 from snn_rl.evaluation import evaluate, spiking_network
 from snn_rl.files import TEMPORARY, atomic, read_json, write_json
 from snn_rl.policy_file import load_policy, save_policy
-from snn_rl.recipe import SEEDS_PER_RUN, TEST_SEEDS, VALIDATION_SEEDS, Recipe
+from snn_rl.recipe import SEEDS_PER_RUN, TEST_SEEDS, VALIDATION_SEEDS, AnnConfig, Recipe, SnnConfig
 
 PROTOCOL = "greedy, one episode per seed, seeds unseen in training and selection"
 CURVE_POINTS = 400
@@ -215,7 +215,7 @@ def _begin(this: Run, stage: Stage) -> tuple[DQN, History]:
     _remove_leftovers(this.directory / stage.name)
     env = this.env(stage, this.recipe.num_envs, 0)
     if stage.timesteps is None:
-        return _new_ann(this, env), History()
+        return new_ann(this, env), History()
     started = time.monotonic()
     config = this.recipe.snn
     ann = _load(this, DQN, this.directory / "ann" / "model.zip")
@@ -252,7 +252,7 @@ def _begin(this: Run, stage: Stage) -> tuple[DQN, History]:
             leak=config.leak,
             leak_reset=config.leak_reset,
             persistent=config.persistent,
-            policy_kwargs={"optimizer_kwargs": {"eps": config.adam_eps}},
+            policy_kwargs={"optimizer_kwargs": _adam(config)},
             **kwargs,
         )
     else:
@@ -273,11 +273,12 @@ def _begin(this: Run, stage: Stage) -> tuple[DQN, History]:
     return model, history
 
 
-def _new_ann(this: Run, env: VecEnv) -> DQN:
+def new_ann(this: Run, env: VecEnv) -> DQN:
+    """The ANN stage's algorithm: SB3's DQN."""
     config, network = this.recipe.ann, this.recipe.network
     policy_kwargs: dict[str, Any] = {
         "net_arch": list(network.net_arch),
-        "optimizer_kwargs": {"eps": config.adam_eps},
+        "optimizer_kwargs": _adam(config),
     }
     if network.convolutions:
         policy_kwargs["features_extractor_class"] = ConvExtractor
@@ -285,7 +286,7 @@ def _new_ann(this: Run, env: VecEnv) -> DQN:
             "features_dim": network.features_dim,
             "convolutions": network.convolutions,
         }
-    return DQN(
+    model = DQN(
         "CnnPolicy" if network.convolutions else "MlpPolicy",
         env,
         learning_rate=LinearSchedule(config.learning_rate, config.final_learning_rate, 1.0),
@@ -306,11 +307,22 @@ def _new_ann(this: Run, env: VecEnv) -> DQN:
         seed=this.first_seed,
         device=this.device,
     )
+    return _channels_last(model)
+
+
+def _adam(config: AnnConfig | SnnConfig) -> dict[str, Any]:
+    return {"eps": config.adam_eps, "fused": True}  # one pass over all parameters
+
+
+def _channels_last(model: DQN) -> DQN:
+    """The memory format in which convolutions are fastest; a spiking network has it from its conversion."""
+    model.policy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
 
 
 def _load(this: Run, algorithm: type[DQN], path: Path, env: VecEnv | None = None) -> DQN:
     try:
-        return algorithm.load(path, env=env, device=this.device)
+        return _channels_last(algorithm.load(path, env=env, device=this.device))
     except (OSError, ValueError, KeyError, RuntimeError, EOFError, AssertionError) as error:
         raise ValueError(f"{path} is not a readable {algorithm.__name__} ({_one_line(error)}); remove it") from error
 

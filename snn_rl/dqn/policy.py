@@ -24,7 +24,8 @@ except ImportError:  # no numba, of which `snn_rl.scan` warns
 
 NumpyState = tuple[np.ndarray, ...]  # what `predict` hands out and takes back: one (n_envs, ...) per LIF layer
 
-EVENT_DRIVEN_BATCH = 4  # environments up to which it is faster to follow the spikes than to multiply matrices
+# Environments times micro-steps up to which it is faster to follow the spikes than to multiply matrices.
+EVENT_DRIVEN_STEPS = 6
 
 
 def q_network_ann(q_net: QNetwork) -> nn.Sequential:
@@ -100,7 +101,8 @@ class SpikingQNetwork(QNetwork):
         if state is not None and episode_start is not None and not episode_start.any():
             episode_start = None
         with torch.no_grad():
-            if len(obs) <= EVENT_DRIVEN_BATCH and self._events is not None and self._events.ready():
+            few = len(obs) * self.network.timesteps <= EVENT_DRIVEN_STEPS
+            if few and self._events is not None and self._events.ready():
                 return self._events(self._preprocess(obs), state if self.persistent else None, episode_start)
             device = obs.device
             carries = None if state is None else tuple(torch.as_tensor(carry, device=device) for carry in state)
