@@ -204,7 +204,9 @@ def chain(snn: nn.Module) -> list[nn.Module]:
     layers: list[nn.Module] = []
     for node in snn.graph.graph.nodes:
         if node.op == "call_module":
-            module = snn.graph.get_submodule(node.target)
+            module = copy.deepcopy(snn.graph.get_submodule(node.target))
+            if isinstance(module, nn.Conv2d):
+                module.__class__ = nn.Conv2d  # PyTorch's own backward pass, not that of `SpikingNetwork`
             layers.append(nn.Identity() if isinstance(module, LIF) else module)
         elif node.op == "call_function":
             assert node.target is torch.flatten, node.target

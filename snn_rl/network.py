@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from snn_rl.neuron import LIF
-from snn_rl.scan import SpikesRecomputed
+from snn_rl.scan import SpikeConv2d, SpikesRecomputed
 
 State = tuple[Tensor, ...]  # one carry (batch, ...) per LIF layer, in the order of `SpikingNetwork.lif_layers`
 
@@ -61,6 +61,9 @@ class SpikingNetwork(nn.Module):
         for parameter in graph.parameters():
             if parameter.dim() == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        for module in graph.modules():
+            if type(module) is nn.Conv2d:
+                module.__class__ = SpikeConv2d
         self.graph = graph
         self.timesteps = timesteps
         nodes = list(graph.graph.nodes)

@@ -11,6 +11,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from snn_rl.scan._memory import SpikeConv2d as SpikeConv2d
 from snn_rl.scan._memory import SpikesRecomputed as SpikesRecomputed
 from snn_rl.scan._reference import MIN_THRESHOLD as MIN_THRESHOLD
 from snn_rl.scan._reference import bounded_leak as bounded_leak

@@ -1,13 +1,20 @@
-"""Spikes are not kept for the backward pass: what a scan keeps is enough to compute them again."""
+"""Spikes are not kept for the backward pass: what a scan keeps is enough to compute them again.
+
+And once computed again, they are let go of as soon as their consumer has its weights' gradient.
+"""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
+
+Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # stride, padding, dilation
 
 
 class SpikesRecomputed:
@@ -41,3 +48,58 @@ def _unpack(packed: Any) -> Tensor:
         return packed
     source, *view = packed
     return source.spikes_again(source).as_strided(*view)
+
+
+class SpikeConv2d(nn.Conv2d):
+    """`torch.nn.Conv2d` whose backward pass lets go of its input before it makes the gradient of that input.
+
+    PyTorch's own holds both. Behind a LIF layer that has micro-steps, they are the largest tensors of a training step.
+    """
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        plain = (
+            not (torch.is_grad_enabled() and input.requires_grad)
+            or input.dim() != 4  # a single image without a batch
+            or self.padding_mode != "zeros"
+            or isinstance(self.padding, str)
+            or torch.is_autocast_enabled(input.device.type)
+            or torch.compiler.is_compiling()
+        )
+        if plain:
+            return super()._conv_forward(input, weight, bias)
+        return _Convolution.apply(input, weight, bias, (self.stride, self.padding, self.dilation), self.groups)
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, groups: int
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x, weight)
+        ctx.geometry, ctx.groups, ctx.shape = geometry, groups, x.shape
+        return nn.functional.conv2d(x, weight, bias, *geometry, groups)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        stride, padding, dilation = ctx.geometry
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        x, weight = ctx.saved_tensors
+        grad_weight = grad_bias = grad_x = None
+        if needs_weight or needs_bias:
+            _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+                grad, x, weight, [len(weight)], stride, padding, dilation, False, (0, 0), ctx.groups,
+                (False, needs_weight, needs_bias),
+            )  # fmt: skip
+        del x
+        if needs_x:
+            left_over = [  # rows and columns of the input that the last stride does not reach
+                size - ((out - 1) * s - 2 * p + d * (k - 1) + 1)
+                for size, out, s, p, d, k in zip(
+                    ctx.shape[2:], grad.shape[2:], stride, padding, dilation, weight.shape[2:], strict=True
+                )
+            ]
+            grad_x = nn.functional.conv_transpose2d(
+                grad, weight, None, stride, padding, left_over, ctx.groups, dilation
+            )
+        return grad_x, grad_weight, grad_bias, None, None
