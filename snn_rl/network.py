@@ -184,6 +184,8 @@ class SpikingNetwork(nn.Module):
                 if isinstance(target, FrameDropout):
                     steps = self.timesteps if every_step else 1
                     values[node] = target(args[0].unflatten(0, (frames, steps, batch))).flatten(0, 2)
+                elif recomputed is not None and isinstance(target, SpikeConv2d):
+                    values[node] = target(*args, let_go=True)
                 else:  # modules, and functions alone: conversion rewrites methods
                     values[node] = target(*args, **kwargs)
                 del args, kwargs

@@ -56,18 +56,21 @@ class SpikeConv2d(nn.Conv2d):
     PyTorch's own holds both. Behind a LIF layer that has micro-steps, they are the largest tensors of a training step.
     """
 
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        plain = (
-            not (torch.is_grad_enabled() and input.requires_grad)
-            or input.dim() != 4  # a single image without a batch
-            or self.padding_mode != "zeros"
-            or isinstance(self.padding, str)
-            or torch.is_autocast_enabled(input.device.type)
-            or torch.compiler.is_compiling()
+    def forward(self, input: Tensor, let_go: bool = False) -> Tensor:
+        """`torch.nn.Conv2d` where ``let_go`` is False, or where there is nothing to let go of."""
+        ours = (
+            let_go
+            and torch.is_grad_enabled()
+            and input.requires_grad
+            and input.dim() == 4  # not a single image without a batch
+            and self.padding_mode == "zeros"
+            and not isinstance(self.padding, str)
+            and not torch.is_autocast_enabled(input.device.type)
         )
-        if plain:
-            return super()._conv_forward(input, weight, bias)
-        return _Convolution.apply(input, weight, bias, (self.stride, self.padding, self.dilation), self.groups)
+        if not ours:
+            return super().forward(input)
+        geometry = self.stride, self.padding, self.dilation
+        return _Convolution.apply(input, self.weight, self.bias, geometry, self.groups)
 
 
 class _Convolution(torch.autograd.Function):
