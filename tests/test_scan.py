@@ -1,11 +1,17 @@
-"""The compiled LIF scan against the reference in plain PyTorch: forward bit for bit, and all four gradients."""
+"""The compiled LIF scans against the reference in plain PyTorch: forward bit for bit, and all four gradients.
+
+Where there is no CUDA device, Triton's interpreter runs the CUDA kernels, and its compiler shows that they compile.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import hypothesis.strategies as st
@@ -206,3 +212,136 @@ def test_membranes_of_another_precision_are_taken() -> None:
     assert inputs[0] is not None
     assert inputs[1] is not None
     assert torch.equal(lif_scan(inputs[0], inputs[1].double(), *inputs[2:])[0], lif_scan(*inputs)[0])  # type: ignore[arg-type]
+
+
+# --- Triton
+
+
+@pytest.fixture(scope="module")
+def cuda() -> ModuleType:
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
+    return pytest.importorskip("snn_rl.scan._cuda")
+
+
+@pytest.mark.parametrize(
+    ("frames", "steps", "hold", "dtype", "threshold", "leak", "masked", "leak_reset", "silent"),
+    [
+        (1, 1, 1, torch.float64, 0.8, 0.9, False, False, True),
+        (1, 5, 1, torch.float32, 0.8, 0.9, False, False, False),
+        (1, 1, 5, torch.float64, 0.8, 0.9, False, True, False),
+        (2, 3, 4, torch.float64, 0.8, 0.9, True, False, True),
+        (7, 5, 1, torch.float64, 0.8, 0.9, True, True, False),  # 35 steps: two launches, cut between frames
+        (5, 2, 5, torch.float64, 0.8, 0.9, False, False, False),  # 50 steps
+        (1, 64, 1, torch.float64, 0.5, 1.0, False, False, True),
+        (1, 3, 1, torch.float64, -1.0, -0.5, False, False, False),  # both out of bounds
+        (1, 3, 1, torch.float64, 0.8, 1.5, False, True, False),
+    ],
+)
+def test_triton_agrees(
+    cuda: ModuleType, frames: int, steps: int, hold: int, dtype: torch.dtype, threshold: float, leak: float,
+    masked: bool, leak_reset: bool, silent: bool,
+) -> None:  # fmt: skip
+    batch = 3
+    inputs, weights = example(frames * steps, batch, (11, 9), dtype, hold)
+    inputs = [inputs[0], None if silent else inputs[1], torch.tensor(threshold).to(dtype), torch.tensor(leak).to(dtype)]
+    keep = (torch.arange(frames * batch).reshape(frames, batch) % 3 > 0).to(dtype) if masked else None
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    moved = [None if x is None else x.to(where) for x in inputs]
+    on_device = None if keep is None else keep.to(where)
+    ours = run(cuda.cuda_scan, moved, [w.to(where) for w in weights], on_device, hold, leak_reset)
+    expected = run(reference_scan, inputs, weights, keep, hold, leak_reset)
+    # the surrogate's slope is 1 / v: at the least threshold of 1e-6 rounding is as large as the gradient
+    rtol = 1e-4 if dtype == torch.float32 else 1e-9 if threshold > 0 else 1e-6
+    assert_same(tuple(x.cpu() for x in ours), expected, rtol)
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 3), (2, 3, 1), (3, 2, 4, 5, 6), (3, 2, 257)])
+def test_triton_takes_every_shape_and_order(cuda: ModuleType, shape: tuple[int, ...]) -> None:
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    inputs, weights = example(shape[0], shape[1], shape[2:])
+    expected = run(reference_scan, inputs, weights)
+    inputs, weights = [x.to(where) for x in inputs if x is not None], [w.to(where) for w in weights]
+    current = inputs[0]
+    assert current is not None
+    orders = [current, current.transpose(0, -1).contiguous().transpose(0, -1)]
+    if current.dim() == 5:
+        orders.append(
+            current.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, current.shape[:2])
+        )
+    for order in orders:
+        ours = run(cuda.cuda_scan, [order, *inputs[1:]], weights)
+        assert_same(tuple(x.cpu() for x in ours), expected, 1e-4)
+    if current.dim() == 5:
+        assert ours[0].flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
+        assert ours[2].flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("i", [0, 1])
+def test_triton_where_one_output_is_used(cuda: ModuleType, i: int) -> None:
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    inputs, weights = example(4, 2, (3,), torch.float64)
+    grads = []
+    for scan, device in ((cuda.cuda_scan, where), (reference_scan, "cpu")):
+        leaves = [x.to(device).clone().requires_grad_() for x in inputs if x is not None]
+        grads.append(torch.autograd.grad((scan(*leaves)[i] * weights[i].to(device)).sum(), leaves))
+    for ours, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(ours.cpu(), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_triton_in_half_precision(cuda: ModuleType) -> None:
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    inputs, weights = example(6, 2, (40,))
+    current = inputs[0]
+    assert current is not None
+    results = []
+    for scan, device in ((cuda.cuda_scan, where), (reference_scan, "cpu")):
+        leaves = [x.to(device).requires_grad_() for x in (current.bfloat16(), *inputs[1:]) if x is not None]
+        spikes, carry = scan(*leaves)
+        assert spikes.dtype == torch.bfloat16
+        assert carry.dtype == torch.float32
+        loss = (spikes.float() * weights[0].to(device)).sum() + (carry * weights[1].to(device)).sum()
+        results.append((spikes, carry, *torch.autograd.grad(loss, leaves)))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours.cpu(), expected, rtol=1e-2, atol=1e-2)
+
+
+COMPILE = """
+import sys
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from snn_rl.scan import _cuda
+
+for kernel in (_cuda._forward, _cuda._backward):
+    for number, steps, hold, frame, given in (("fp32", 5, 1, 5, False), ("bf16", 12, 3, 6, True)):
+        types = dict.fromkeys(kernel.arg_names, "constexpr")
+        for name in ("current", "spikes", "grad_spikes", "grad_current"):
+            types[name] = "*" + number
+        for name in ("carry_at", "raw_v", "raw_leak", "sums"):
+            types[name] = "*fp32"
+        for name in ("carry_0", "keep", "grad_carry", "grad_carry_0"):
+            types[name] = "*fp32" if given else "constexpr"
+        types.update(neurons="i32", rows="i32", width="i32")
+        types = {name: types[name] for name in kernel.arg_names}
+        values = dict(STEPS=steps, HOLD=hold, FRAME=frame, LEAK_RESET=given, MIN=1e-6, SLOPE=0.3, TYPE=tl.float32)
+        values.update(SIZE=_cuda.BLOCK)
+        constants = {
+            (i,): values.get(name) for i, name in enumerate(kernel.arg_names) if types[name] == "constexpr"
+        }
+        source = ASTSource(kernel, signature=types, constexprs=constants)
+        compiled = compile(source, target=GPUTarget("cuda", 80, 32), options={"enable_fp_fusion": False})
+        assert "fma.rn" not in compiled.asm["ptx"], "forward and backward may round differently"
+        assert ".local" not in compiled.asm["ptx"], "membrane potentials do not stay in registers"
+        print(kernel.__name__, number, len(compiled.asm["cubin"]) > 0)
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the tests above have run the compiled kernels")
+def test_triton_kernels_compile() -> None:
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [*(["_forward", "fp32", "True", "_forward", "bf16", "True"]),
+                                   *(["_backward", "fp32", "True", "_backward", "bf16", "True"])]  # fmt: skip

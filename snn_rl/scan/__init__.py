@@ -6,7 +6,10 @@ The equations stand in `snn_rl.neuron`. A kernel that does not know an input (an
 
 from __future__ import annotations
 
+import functools
+import importlib
 import warnings
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -25,6 +28,16 @@ except ImportError as error:  # numba has no build for this Python, or not for t
     warnings.warn(f"no compiled LIF layers, several times slower on the CPU: {error}", stacklevel=2)
 
 
+@functools.cache
+def _cuda_kernels() -> ModuleType | None:
+    """The CUDA kernels, imported where they are first needed; None where there is no Triton."""
+    try:
+        return importlib.import_module("snn_rl.scan._cuda")
+    except ImportError as error:
+        warnings.warn(f"no Triton, LIF layers on CUDA run step by step: {error}", stacklevel=3)
+        return None
+
+
 def lif_scan(
     current: Tensor,
     carry: Tensor | None,
@@ -36,6 +49,10 @@ def lif_scan(
 ) -> tuple[Tensor, Tensor]:
     """Spikes (steps * hold, batch, ...) and the last carry (batch, ...); the arguments are those of `snn_rl.LIF`."""
     scan = reference_scan
-    if _cpu is not None and current.device.type == "cpu" and current.dtype in _cpu.NUMPY_TYPE:
-        scan = reference_scan if torch.compiler.is_compiling() else _cpu.cpu_scan
+    if torch.compiler.is_compiling():
+        pass
+    elif _cpu is not None and current.device.type == "cpu" and current.dtype in _cpu.NUMPY_TYPE:
+        scan = _cpu.cpu_scan
+    elif current.device.type == "cuda" and (kernels := _cuda_kernels()) is not None and current.dtype in kernels.TYPES:
+        scan = kernels.cuda_scan
     return scan(current, carry, raw_threshold, raw_leak, keep, hold, leak_reset)

@@ -9,7 +9,6 @@ Arrays enter the kernels by address: that saves most of what a call costs, which
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from snn_rl.scan._layout import Layout
 from snn_rl.scan._reference import MIN_THRESHOLD
 from snn_rl.surrogate import GAMMA
 
@@ -258,61 +258,18 @@ def _run(kernel: Any, parallel: Any, args: tuple[Any, ...], blocks: int, threads
 # --- PyTorch's side.
 
 
-class _Layout:
-    """How a current's memory is walked: by samples of ``width`` neurons where frames reset them, else as one row.
-
-    Channels-last currents stay channels-last: neurons are independent, so that their order does not matter.
-    """
+class _Layout(Layout):
+    """Adds how the neurons of a sample are cut into blocks, and how many threads share them."""
 
     def __init__(self, current: Tensor, keep: Tensor | None, hold: int) -> None:
-        steps, *shape = current.shape
-        self.shape = tuple(shape)
-        neurons = math.prod(shape)
-        self.steps = steps * hold
-        self.hold = hold
-        self.frame = self.steps if keep is None else self.steps // keep.shape[0]
-        self.rows = 1 if keep is None else shape[0]
-        self.width = neurons // self.rows if neurons else 0
+        super().__init__(current, keep, hold)
         self.block = max(LEAST, min(MOST, POTENTIALS // self.steps))
         self.blocks = self.rows * -(-self.width // self.block)
-        self.threads = _threads(self.steps * neurons)
-        self.strides = _contiguous(self.shape)
-        if len(shape) == 4 and not current.is_contiguous():
-            _, channels, height, width = shape
-            channels_last = (channels * height * width, 1, width * channels, channels)
-            if _has_strides(current, (neurons, *channels_last)):
-                self.strides = channels_last
-
-    def dense(self, x: Tensor) -> Tensor:
-        """``x`` (steps, batch, ...) or (batch, ...) as memory that the kernels walk through."""
-        strides = self.strides if x.dim() == len(self.shape) else (math.prod(self.shape), *self.strides)
-        if _has_strides(x, strides):
-            return x
-        return torch.empty_strided(x.shape, strides, dtype=x.dtype).copy_(x)
-
-    def empty(self, dtype: torch.dtype, *steps: int) -> Tensor:
-        """A new tensor (*steps, batch, ...) that is `dense`."""
-        strides = (math.prod(self.shape), *self.strides) if steps else self.strides
-        return torch.empty_strided((*steps, *self.shape), strides, dtype=dtype)
+        self.threads = _threads(self.steps * self.rows * self.width)
 
     @property
     def sizes(self) -> tuple[int, ...]:
         return self.steps, self.hold, self.frame, self.rows, self.width, self.block
-
-
-def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides, stride = [], 1
-    for size in reversed(shape):
-        strides.append(stride)
-        stride *= size
-    return tuple(reversed(strides))
-
-
-def _has_strides(x: Tensor, strides: tuple[int, ...]) -> bool:
-    actual = x.stride()
-    return actual == strides or all(
-        size == 1 or mine == wanted for size, mine, wanted in zip(x.shape, actual, strides, strict=True)
-    )
 
 
 def _at(x: Tensor | None) -> int:
