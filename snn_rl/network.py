@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -43,6 +44,26 @@ class FrameDropout(nn.Module):
         return f"p={self.p}"
 
 
+@dataclass(frozen=True)
+class _Value:
+    """What an earlier step of the plan computed."""
+
+    step: int
+    every_micro_step: bool
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A node of the graph, with all that running it needs: `torch.compile` follows this, and not a graph's nodes."""
+
+    op: str
+    target: Any
+    args: tuple[Any, ...]  # constants and `_Value`s
+    kwargs: dict[str, Any]
+    every_micro_step: bool  # or once per frame
+    last_uses: tuple[int, ...]  # steps whose values nothing needs after this one
+
+
 class SpikingNetwork(nn.Module):
     """A feed-forward graph of synapses and LIF layers, made by `snn_rl.to_spiking`.
 
@@ -61,44 +82,20 @@ class SpikingNetwork(nn.Module):
         for parameter in graph.parameters():
             if parameter.dim() == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-        for module in graph.modules():
-            if type(module) is nn.Conv2d:
-                module.__class__ = SpikeConv2d
         self.graph = graph
         self.timesteps = timesteps
-        nodes = list(graph.graph.nodes)
-        self._lif_nodes = {n: str(n.target) for n in nodes if n.op == "call_module" and self._is_lif(n)}
-        self._every_step = self._between_lif_layers(nodes)
-        self._last_used = self._last_uses(nodes)
-        # What each node calls: looking modules up by name costs more than a small layer itself.
-        self._targets = {n: graph.get_submodule(str(n.target)) if n.op == "call_module" else n.target for n in nodes}
-
-    def _between_lif_layers(self, nodes: list[fx.Node]) -> set[fx.Node]:
-        """The nodes that must be computed at every micro-step."""
-        after: set[fx.Node] = set()
-        for node in nodes:
-            if node in self._lif_nodes or any(parent in after for parent in node.all_input_nodes):
-                after.add(node)
-        before: set[fx.Node] = set()
-        for node in reversed(nodes):
-            if any(user in before or user in self._lif_nodes for user in node.users):
-                before.add(node)
-        return set(self._lif_nodes) | (after & before)
-
-    @staticmethod
-    def _last_uses(nodes: list[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
-        """The values that nothing needs once a node is computed."""
-        last = {source: node for node in nodes for source in node.all_input_nodes}
-        uses: dict[fx.Node, list[fx.Node]] = {node: [] for node in nodes}
-        for source, node in last.items():
-            uses[node].append(source)
-        return uses
-
-    def _is_lif(self, node: fx.Node) -> bool:
-        return isinstance(self.graph.get_submodule(str(node.target)), LIF)
+        self._plan = _plan(graph)
+        for step in self._plan:
+            if step.every_micro_step and type(step.target) is nn.Conv2d:
+                step.target.__class__ = SpikeConv2d
+        self._lif_layers = {
+            str(node.target): module
+            for node in graph.graph.nodes
+            if node.op == "call_module" and isinstance(module := graph.get_submodule(str(node.target)), LIF)
+        }
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpikingNetwork:
-        # The plan is keyed by this graph's own nodes; a copied graph has new ones.
+        # The plan refers to this graph's own modules; a copied graph has new ones.
         twin = SpikingNetwork(copy.deepcopy(self.graph, memo), self.timesteps)
         return twin.train(self.training)
 
@@ -116,12 +113,12 @@ class SpikingNetwork(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the network is."""
-        return cast(LIF, self._targets[next(iter(self._lif_nodes))]).raw_threshold.device
+        return next(iter(self._lif_layers.values())).raw_threshold.device
 
     @property
     def lif_layers(self) -> dict[str, LIF]:
         """The LIF layers by name, in the order in which the signal reaches them."""
-        return {name: cast(LIF, self.graph.get_submodule(name)) for name in self._lif_nodes.values()}
+        return dict(self._lif_layers)
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """One frame: ``x`` (batch, ...) -> output (batch, ...) and the state the next frame starts from.
@@ -140,8 +137,8 @@ class SpikingNetwork(nn.Module):
         """
         if x.shape[0] < 1:
             raise ValueError("a sequence must have at least one frame, got 0")
-        if state is not None and len(state) != len(self._lif_nodes):
-            raise ValueError(f"state must hold {len(self._lif_nodes)} carries, one per LIF layer, got {len(state)}")
+        if state is not None and len(state) != len(self._lif_layers):
+            raise ValueError(f"state must hold {len(self._lif_layers)} carries, one per LIF layer, got {len(state)}")
         keep = None if episode_start is None else 1 - episode_start.to(x.dtype)  # (frames, batch)
         # One micro-step has no more spikes than an ANN has activations: keeping them is faster.
         if self.timesteps == 1 or not torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -155,43 +152,53 @@ class SpikingNetwork(nn.Module):
     ) -> tuple[Tensor, State]:
         frames, batch = x.shape[:2]
         new_state: list[Tensor] = []
-        values: dict[fx.Node, Any] = {}
-        for node, target in self._targets.items():
-            every_step = node in self._every_step
-
-            def at_rate(source: fx.Node, every_step: bool = every_step) -> Any:
-                return self._at_rate(values[source], source in self._every_step, every_step, frames, batch)
-
-            if node.op == "placeholder":
-                values[node] = x.flatten(0, 1)  # (frames * batch, ...)
-            elif node in self._lif_nodes:
-                source = node.args[0]
-                steps = self.timesteps if source in self._every_step else 1
-                current = values[source]  # (frames * steps * batch, ...) -> (frames * steps, batch, ...)
+        values: list[Any] = []
+        for step in self._plan:
+            target = step.target
+            if step.op == "placeholder":
+                value: Any = x.flatten(0, 1)  # (frames * batch, ...)
+            elif isinstance(target, LIF):
+                (source,) = step.args
+                steps = self.timesteps if source.every_micro_step else 1
+                current = values[source.step]  # (frames * steps * batch, ...) -> (frames * steps, batch, ...)
                 current = current.view(frames * steps, batch, *current.shape[1:])
                 carry = None if state is None else state[len(new_state)]
-                spikes, carry = target(current, carry, keep, hold=self.timesteps // steps)
+                value, carry = target(current, carry, keep, hold=self.timesteps // steps)
                 if recomputed is not None:
-                    recomputed.add(spikes)
+                    recomputed.add(value)
                 new_state.append(carry)
-                values[node] = spikes.flatten(0, 1)
-                del current, spikes
+                value = value.flatten(0, 1)
+                del current
             else:
-                args = [at_rate(a) if isinstance(a, fx.Node) else fx.node.map_arg(a, at_rate) for a in node.args]
-                kwargs = fx.node.map_arg(node.kwargs, at_rate) if node.kwargs else {}
-                if node.op == "output":
+                args = self._filled(step.args, values, step.every_micro_step, frames, batch)
+                if step.op == "output":
                     return args[0].unflatten(0, (frames, batch)), tuple(new_state)
                 if isinstance(target, FrameDropout):
-                    steps = self.timesteps if every_step else 1
-                    values[node] = target(args[0].unflatten(0, (frames, steps, batch))).flatten(0, 2)
+                    steps = self.timesteps if step.every_micro_step else 1
+                    value = target(args[0].unflatten(0, (frames, steps, batch))).flatten(0, 2)
                 elif recomputed is not None and isinstance(target, SpikeConv2d):
-                    values[node] = target(*args, let_go=True)
+                    value = target(*args, let_go=True)
+                elif step.kwargs:
+                    value = target(*args, **self._filled(step.kwargs, values, step.every_micro_step, frames, batch))
                 else:  # modules, and functions alone: conversion rewrites methods
-                    values[node] = target(*args, **kwargs)
-                del args, kwargs
-            for source in self._last_used[node]:
-                del values[source]
+                    value = target(*args)
+                del args
+            values.append(value)
+            del value
+            for i in step.last_uses:
+                values[i] = None
         raise AssertionError("a traced graph ends in an output node")
+
+    def _filled(self, template: Any, values: list[Any], every_micro_step: bool, frames: int, batch: int) -> Any:
+        """Arguments with each `_Value` replaced by its value, at the rate of who takes it."""
+        if isinstance(template, _Value):
+            value = values[template.step]
+            return self._at_rate(value, template.every_micro_step, every_micro_step, frames, batch)
+        if isinstance(template, tuple | list):
+            return type(template)([self._filled(x, values, every_micro_step, frames, batch) for x in template])
+        if isinstance(template, dict):
+            return {k: self._filled(x, values, every_micro_step, frames, batch) for k, x in template.items()}
+        return template
 
     def _at_rate(self, value: Any, has_steps: bool, wants_steps: bool, frames: int, batch: int) -> Any:
         """Bring a folded value to the rate of its consumer: repeat it per micro-step, or average over them."""
@@ -204,3 +211,39 @@ class SpikingNetwork(nn.Module):
 
     def extra_repr(self) -> str:
         return f"timesteps={self.timesteps}"
+
+
+def _plan(graph: fx.GraphModule) -> tuple[_Step, ...]:
+    nodes = list(graph.graph.nodes)
+    targets = {n: graph.get_submodule(str(n.target)) if n.op == "call_module" else n.target for n in nodes}
+    every_micro_step = _between_lif_layers(nodes, {n for n in nodes if isinstance(targets[n], LIF)})
+    index = {node: i for i, node in enumerate(nodes)}
+    last_uses = {source: node for node in nodes for source in node.all_input_nodes}
+
+    def value(node: fx.Node) -> Any:
+        return _Value(index[node], node in every_micro_step)
+
+    return tuple(
+        _Step(
+            node.op,
+            targets[node],
+            tuple(fx.node.map_arg(arg, value) for arg in node.args),  # in containers of Python's own
+            {name: fx.node.map_arg(arg, value) for name, arg in node.kwargs.items()},
+            node in every_micro_step,
+            tuple(index[source] for source, user in last_uses.items() if user is node),
+        )
+        for node in nodes
+    )
+
+
+def _between_lif_layers(nodes: list[fx.Node], lif: set[fx.Node]) -> set[fx.Node]:
+    """The nodes that must be computed at every micro-step."""
+    after: set[fx.Node] = set()
+    for node in nodes:
+        if node in lif or any(parent in after for parent in node.all_input_nodes):
+            after.add(node)
+    before: set[fx.Node] = set()
+    for node in reversed(nodes):
+        if any(user in before or user in lif for user in node.users):
+            before.add(node)
+    return lif | (after & before)

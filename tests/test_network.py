@@ -127,3 +127,47 @@ def test_bad_states_are_named() -> None:
         net(x[:1], state)
     with pytest.raises(ValueError, match="at least one frame"):
         net.unroll(x[None][:0])
+
+
+def convolutional() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 16), nn.ReLU(),
+        nn.Linear(16, 2),
+    )  # fmt: skip
+
+
+@pytest.mark.filterwarnings(  # of what Dynamo itself does
+    "ignore:.*should not be instantiated:DeprecationWarning", "ignore:The .grad attribute of a Tensor:UserWarning"
+)
+@pytest.mark.parametrize("timesteps", [1, 3])
+def test_compiles_into_one_graph(timesteps: int) -> None:
+    """`torch.compile` finds nothing that it must leave to Python, and what it traces computes the same."""
+    x = torch.rand(2, 3, 2, 6, 6)
+    network = to_spiking(convolutional(), x[0], timesteps=timesteps)
+    compiled = torch.compile(network.unroll, backend="aot_eager", fullgraph=True)
+    episode_start = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    results = []
+    for unroll in (network.unroll, compiled):
+        out, state = unroll(x, None, episode_start)
+        out, state = unroll(x, state)
+        network.zero_grad()
+        out.square().sum().backward()
+        results.append([out, *state, *(p.grad for p in network.parameters())])
+    for expected, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_autocast_to_half_precision() -> None:
+    """Synapses in bfloat16, membranes in single; spikes, 0 and 1, lose nothing."""
+    x = torch.rand(64, 2, 6, 6)
+    network = to_spiking(convolutional(), x, timesteps=3)
+    expected, _ = network(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, state = network(x)
+        out_2, _ = network(x, state)
+    assert out.dtype == out_2.dtype == torch.bfloat16
+    assert all(carry.dtype == torch.float32 for carry in state)
+    # A rounded current may move a spike: the mean over outputs stays, a single one need not.
+    assert (out - expected).abs().mean() < 0.05 * expected.abs().mean()
+    out.float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())

@@ -83,7 +83,7 @@ def _backward(
         if t % HOLD == 0:
             drive = tl.load(current + t // HOLD * neurons + i, inside, 0.0).to(TYPE)
         u = carry + drive
-        potentials += (u,)
+        potentials += (u,)  # type: ignore[assignment]
         carry = leak * u - tl.where(u > v, reset, 0.0)
 
     slope = tl.full([], SLOPE, TYPE) / v
