@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BENCH := .venv-bench
 
-.PHONY: help install pong cartpole test lint format clean
+.PHONY: help install pong cartpole test lint format bench clean
 
 help:  ## List the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -37,5 +38,23 @@ format: $(STAMP)  ## Format and sort imports
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The frameworks to compare with have an environment of their own. The constraints keep them from replacing torch;
+# norse reads OpenCV without saying so.
+PEERS := spikingjelly==2.0.0 snntorch==1.0.0 norse==1.1.0 opencv-python-headless torchvision==0.28.0
+$(BENCH)/.installed: pyproject.toml constraints.txt Makefile
+	$(BENCH)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BENCH)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[scripts]'
+	$(BENCH)/bin/python -m pip install --quiet --constraint constraints.txt $(PEERS)
+	touch $@
+
+bench: $(BENCH)/.installed  ## Compare speed and memory with other frameworks (half an hour)
+	$(BENCH)/bin/python benchmarks/layers.py nature --batch 32
+	$(BENCH)/bin/python benchmarks/layers.py nature --batch 256 --rounds 5
+	$(BENCH)/bin/python benchmarks/layers.py vgg16 --batch 32 --rounds 3
+	$(BENCH)/bin/python benchmarks/agents.py
+	$(BENCH)/bin/python benchmarks/acting.py
+	$(BENCH)/bin/python benchmarks/scaling.py $(BENCH)/scaling.png
+
 clean:  ## Remove the environment and caches, not the runs
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(BENCH) .pytest_cache .ruff_cache .mypy_cache .hypothesis

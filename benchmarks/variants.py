@@ -20,11 +20,12 @@ LEAK = 0.9
 Neuron = Callable[[Tensor], Tensor]  # currents (T, batch, ...) -> spikes, from silence
 
 
-def nature_cnn(units: int = 512, actions: int = 6) -> nn.Sequential:
-    """Mnih et al. 2015, on a stack of four frames of 84 x 84."""
+def nature_cnn(width: float = 1.0, actions: int = 6) -> nn.Sequential:
+    """Mnih et al. 2015, on a stack of four frames of 84 x 84; ``width`` multiplies all channels and units."""
+    a, b, units = (round(width * n) for n in (32, 64, 512))
     return nn.Sequential(
-        nn.Conv2d(4, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU(), nn.Conv2d(64, 64, 3, 1), nn.ReLU(),
-        nn.Flatten(), nn.Linear(3136, units), nn.ReLU(), nn.Linear(units, actions),
+        nn.Conv2d(4, a, 8, 4), nn.ReLU(), nn.Conv2d(a, b, 4, 2), nn.ReLU(), nn.Conv2d(b, b, 3, 1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(49 * b, units), nn.ReLU(), nn.Linear(units, actions),
     )  # fmt: skip
 
 

@@ -1,0 +1,75 @@
+"""Latency of one `predict` for one environment: SB3's DQN against the spiking agents, T = 1..5.
+
+python benchmarks/acting.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium import spaces
+from measure import machine, table
+from stable_baselines3 import DQN
+
+from snn_rl import SpikingDQN
+
+
+class Frames(gym.Env[np.ndarray, int]):
+    """Stacks of four 84 x 84 frames of noise: how long a policy takes does not depend on the game."""
+
+    observation_space = spaces.Box(0, 255, (4, 84, 84), np.uint8)
+    action_space = spaces.Discrete(6)  # type: ignore[assignment]
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:  # type: ignore[type-arg]
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:  # type: ignore[type-arg]
+        return self.observation_space.sample(), 0.0, False, False, {}
+
+
+def latencies(policy: str, env: gym.Env[Any, Any], rounds: int, device: str) -> dict[str, float]:
+    """Median seconds of a call. The agents take turns, so that a slow spell of the machine meets them all."""
+    common: dict[str, Any] = {"buffer_size": 100, "seed": 0, "device": device}
+    agents: dict[str, DQN] = {"SB3's DQN": DQN(policy, env, **common)}
+    for timesteps in range(1, 6):
+        agents[f"T{timesteps}"] = SpikingDQN(policy, env, policy_kwargs={"timesteps": timesteps}, **common)
+    states: dict[str, Any] = dict.fromkeys(agents)
+    seconds: dict[str, list[float]] = {name: [] for name in agents}
+    env.observation_space.seed(0)
+    for _ in range(rounds):
+        observation = env.observation_space.sample()
+        for name, agent in agents.items():
+            start = time.perf_counter()
+            _, states[name] = agent.predict(observation, states[name], deterministic=True)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: float(np.median(values[rounds // 10 :])) for name, values in seconds.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=500)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    print(machine(args.device) + "\n")
+    rows = []
+    for name, policy, env in (
+        ("Nature CNN, 4 x 84 x 84", "CnnPolicy", Frames()),
+        ("two layers of 64, CartPole", "MlpPolicy", gym.make("CartPole-v1")),
+    ):
+        seconds = latencies(policy, env, args.rounds, args.device)
+        base = seconds["SB3's DQN"]
+        rows.append([name, *(f"{1e6 * s:.0f} ({s / base:.2f})" for s in seconds.values())])
+    print(table(["microseconds (over SB3's)", *seconds], rows))
+
+
+if __name__ == "__main__":
+    main()
