@@ -87,7 +87,7 @@ class Ours(nn.Module):
         self.network = network
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.network(x)[0]
+        return self.network(x, with_state=False)[0]
 
 
 def spikingjelly_neuron(threshold: float) -> Neuron:

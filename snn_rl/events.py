@@ -53,7 +53,7 @@ def _add(out: Any, weight: Any) -> None:
 @compiled()
 def _scatter(events: Any, row: Any, weight: Any, out: Any) -> None:
     """Spikes, as indices into a flat image (height, width, channels), through a synapse; added to ``out``."""
-    if row[IN_H] * row[IN_W] == 1:
+    if row[IN_H] * row[IN_W] * row[OUT_H] * row[OUT_W] * row[KERNEL_H] * row[KERNEL_W] == 1:
         _add_rows(out, weight, events)
         return
     channels = row[OUT_C]

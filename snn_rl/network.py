@@ -120,16 +120,22 @@ class SpikingNetwork(nn.Module):
         """The LIF layers by name, in the order in which the signal reaches them."""
         return dict(self._lif_layers)
 
-    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+    def forward(self, x: Tensor, state: State | None = None, *, with_state: bool = True) -> tuple[Tensor, State]:
         """One frame: ``x`` (batch, ...) -> output (batch, ...) and the state the next frame starts from.
 
-        ``state=None`` is silence. Raises ValueError where the state does not fit the network or the batch.
+        ``state=None`` is silence. Where no frame follows, ``with_state=False`` saves the writing of the state; an empty
+        tuple is returned in its place. Raises ValueError where the state does not fit the network or the batch.
         """
-        out, state = self.unroll(x.unsqueeze(0), state)
+        out, state = self.unroll(x.unsqueeze(0), state, with_state=with_state)
         return out.squeeze(0), state
 
     def unroll(
-        self, x: Tensor, state: State | None = None, episode_start: Tensor | None = None
+        self,
+        x: Tensor,
+        state: State | None = None,
+        episode_start: Tensor | None = None,
+        *,
+        with_state: bool = True,
     ) -> tuple[Tensor, State]:
         """A sequence of frames: ``x`` (frames, batch, ...) -> outputs (frames, batch, ...) and the last state.
 
@@ -142,13 +148,18 @@ class SpikingNetwork(nn.Module):
         keep = None if episode_start is None else 1 - episode_start.to(x.dtype)  # (frames, batch)
         # One micro-step has no more spikes than an ANN has activations: keeping them is faster.
         if self.timesteps == 1 or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._run(x, state, keep, None)
+            return self._run(x, state, keep, None, with_state)
         spikes = SpikesRecomputed()
         with spikes.hooks():
-            return self._run(x, state, keep, spikes)
+            return self._run(x, state, keep, spikes, with_state)
 
     def _run(
-        self, x: Tensor, state: State | None, keep: Tensor | None, recomputed: SpikesRecomputed | None
+        self,
+        x: Tensor,
+        state: State | None,
+        keep: Tensor | None,
+        recomputed: SpikesRecomputed | None,
+        with_state: bool,
     ) -> tuple[Tensor, State]:
         frames, batch = x.shape[:2]
         new_state: list[Tensor] = []
@@ -163,7 +174,7 @@ class SpikingNetwork(nn.Module):
                 current = values[source.step]  # (frames * steps * batch, ...) -> (frames * steps, batch, ...)
                 current = current.view(frames * steps, batch, *current.shape[1:])
                 carry = None if state is None else state[len(new_state)]
-                value, carry = target(current, carry, keep, hold=self.timesteps // steps)
+                value, carry = target(current, carry, keep, hold=self.timesteps // steps, with_carry=with_state)
                 if recomputed is not None:
                     recomputed.add(value)
                 new_state.append(carry)
@@ -172,7 +183,7 @@ class SpikingNetwork(nn.Module):
             else:
                 args = self._filled(step.args, values, step.every_micro_step, frames, batch)
                 if step.op == "output":
-                    return args[0].unflatten(0, (frames, batch)), tuple(new_state)
+                    return args[0].unflatten(0, (frames, batch)), tuple(new_state) if with_state else ()
                 if isinstance(target, FrameDropout):
                     steps = self.timesteps if step.every_micro_step else 1
                     value = target(args[0].unflatten(0, (frames, steps, batch))).flatten(0, 2)

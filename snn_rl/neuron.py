@@ -56,13 +56,20 @@ class LIF(nn.Module):
         return bounded_leak(self.raw_leak)
 
     def forward(
-        self, current: Tensor, carry: Tensor | None = None, keep: Tensor | None = None, *, hold: int = 1
+        self,
+        current: Tensor,
+        carry: Tensor | None = None,
+        keep: Tensor | None = None,
+        *,
+        hold: int = 1,
+        with_carry: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """Run the layer over ``current`` (steps, batch, ...) from ``carry`` (batch, ...); None is silence.
 
         ``hold`` is the number of micro-steps that each step of the current lasts. ``keep`` (frames, batch) divides the
         micro-steps into frames of equal length and multiplies the carry before each: 0 where an episode starts, 1
-        elsewhere. Returns the spikes (steps * hold, batch, ...) and the last carry.
+        elsewhere. Returns the spikes (steps * hold, batch, ...) and the last carry; where it is not wanted
+        (``with_carry=False``), an empty tensor in its place, which is faster.
 
         Raises:
             ValueError: no step, a carry that does not fit the current, or frames that do not divide the steps.
@@ -83,7 +90,7 @@ class LIF(nn.Module):
                     f"keep must be (frames, batch) with a number of frames that divides the {steps} steps, "
                     f"and the current's batch of {current.shape[1]}, got shape {tuple(keep.shape)}"
                 )
-        return lif_scan(current, carry, self.raw_threshold, self.raw_leak, keep, hold, self.leak_reset)
+        return lif_scan(current, carry, self.raw_threshold, self.raw_leak, keep, hold, self.leak_reset, with_carry)
 
     def extra_repr(self) -> str:
         return f"threshold={self.threshold.item():.4g}, leak={self.leak.item():.4g}, leak_reset={self.leak_reset}"

@@ -91,6 +91,16 @@ def test_the_nature_cnn() -> None:
     play(exact(ann, inputs(2, 4, 84, 84), 2), (4, 84, 84), batch=2)
 
 
+@pytest.mark.parametrize(("kernel", "padding"), [(1, (0, 1)), (3, (1, 1)), (3, (2, 1))])
+def test_images_of_one_pixel_with_padding(kernel: int, padding: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    ann = nn.Sequential(
+        nn.Conv2d(2, 3, 1), nn.ReLU(), nn.Conv2d(3, 2, kernel, padding=padding), nn.ReLU(), nn.Flatten(),
+        nn.Linear(2 * (2 * padding[0] + 2 - kernel) * (2 * padding[1] + 2 - kernel), 2),
+    )  # fmt: skip
+    play(exact(ann, inputs(2, 2, 1, 1), 2), (2, 1, 1))
+
+
 def mlp() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2))

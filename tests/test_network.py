@@ -171,3 +171,13 @@ def test_autocast_to_half_precision() -> None:
     assert (out - expected).abs().mean() < 0.05 * expected.abs().mean()
     out.float().square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+
+
+def test_a_state_that_is_not_wanted_is_empty() -> None:
+    net = network()
+    x = torch.randn(2, 5, 2, 8, 8).double()
+    expected, _ = net.unroll(x)
+    out, state = net.unroll(x, with_state=False)
+    assert torch.equal(out, expected)
+    assert state == ()
+    assert torch.equal(net(x[0], with_state=False)[0], expected[0])

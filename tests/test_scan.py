@@ -345,3 +345,24 @@ def test_triton_kernels_compile() -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [*(["_forward", "fp32", "True", "_forward", "bf16", "True"]),
                                    *(["_backward", "fp32", "True", "_backward", "bf16", "True"])]  # fmt: skip
+
+
+@pytest.mark.parametrize("where", ["cpu", "triton", "reference"])
+@pytest.mark.parametrize("steps", [1, 3, 40])
+def test_without_a_carry_the_rest_is_the_same(request: pytest.FixtureRequest, where: str, steps: int) -> None:
+    if where == "triton":
+        scan, device = request.getfixturevalue("cuda").cuda_scan, "cuda" if torch.cuda.is_available() else "cpu"
+    else:
+        scan, device = {"cpu": _cpu.cpu_scan, "reference": reference_scan}[where], "cpu"
+    inputs, weights = example(steps, 3, (11,), torch.float64)
+    results = []
+    for with_carry in (True, False):
+        leaves = [x.detach().to(device).requires_grad_() for x in inputs if x is not None]
+        spikes, carry = scan(*leaves, with_carry=with_carry)
+        assert carry.shape == ((3, 11) if with_carry else (0,))
+        loss = (spikes * weights[0].to(device)).sum()
+        results.append((spikes, *torch.autograd.grad(loss, leaves)))
+    for ours, expected in zip(*results, strict=True):
+        assert torch.equal(ours, expected)
+    with torch.no_grad():
+        assert torch.equal(scan(*leaves, with_carry=False)[0], results[0][0])

@@ -46,8 +46,12 @@ def lif_scan(
     keep: Tensor | None = None,
     hold: int = 1,
     leak_reset: bool = False,
+    with_carry: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Spikes (steps * hold, batch, ...) and the last carry (batch, ...); the arguments are those of `snn_rl.LIF`."""
+    """Spikes (steps * hold, batch, ...) and the last carry (batch, ...); the arguments are those of `snn_rl.LIF`.
+
+    Without ``with_carry`` the second is empty, (0,): a third of what one micro-step writes.
+    """
     scan = reference_scan
     if torch.compiler.is_compiling():
         pass
@@ -55,4 +59,4 @@ def lif_scan(
         scan = _cpu.cpu_scan
     elif current.device.type == "cuda" and (kernels := _cuda_kernels()) is not None and current.dtype in kernels.TYPES:
         scan = kernels.cuda_scan
-    return scan(current, carry, raw_threshold, raw_leak, keep, hold, leak_reset)
+    return scan(current, carry, raw_threshold, raw_leak, keep, hold, leak_reset, with_carry)

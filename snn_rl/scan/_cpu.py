@@ -73,7 +73,7 @@ def _forward(
     steps: int, hold: int, frame: int, rows: int, width: int, block: int, first: int, last: int,
 ) -> None:  # fmt: skip
     """Blocks ``first`` to ``last``. Addresses: current (steps / hold, rows, width), carry_0 (rows, width) or 0 for
-    silence, keep (steps / frame, rows) or 0, spikes (steps, rows, width), carry."""
+    silence, keep (steps / frame, rows) or 0, spikes (steps, rows, width), carry (rows, width) or 0."""
     current = numba.carray(pointer(current_at, v), (steps // hold, rows, width))
     carry_0 = numba.carray(pointer(carry_0_at, v), (rows, width))
     keep = numba.carray(pointer(keep_at, v), (steps // frame, rows))
@@ -94,7 +94,7 @@ def _forward(
                 for j in range(size):
                     kept[j] = before[j] * factor
                 before = kept[:size]
-            after = carry[row, low:high] if t == steps - 1 else between[t % 2, :size]
+            after = carry[row, low:high] if carry_at and t == steps - 1 else between[t % 2, :size]
             _step(before, current[t // hold, row, low:high], spikes[t, row, low:high], after, v, leak, reset)
             before = after
 
@@ -278,12 +278,13 @@ def _at(x: Tensor | None) -> int:
 
 def _scan(
     current: Tensor, carry_0: Tensor | None, keep: Tensor | None, v: float, leak: float, layout: _Layout,
-    leak_reset: bool,
+    leak_reset: bool, with_carry: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Spikes and last carry, of arguments that are `_Layout.dense`."""
     number: Any = NUMPY_TYPE[current.dtype]
-    spikes, carry = layout.empty(current.dtype, layout.steps), layout.empty(current.dtype)
-    addresses = (_at(current), _at(carry_0), _at(keep), _at(spikes), _at(carry))
+    spikes = layout.empty(current.dtype, layout.steps)
+    carry = layout.empty(current.dtype) if with_carry else current.new_empty(0)
+    addresses = (_at(current), _at(carry_0), _at(keep), _at(spikes), _at(carry) if with_carry else 0)
     constants = number(v), number(leak), number(number(v) * number(leak) if leak_reset else v)
     _run(_forward, _forward_parallel, (*addresses, *constants, *layout.sizes), layout.blocks, layout.threads)
     return spikes, carry
@@ -293,7 +294,7 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, current: Tensor, carry_0: Tensor | None, keep: Tensor | None, raw_v: Tensor, raw_leak: Tensor,
-        layout: _Layout, leak_reset: bool,
+        layout: _Layout, leak_reset: bool, with_carry: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         bounds = _bounds(raw_v, raw_leak)
         ctx.save_for_backward(current, carry_0, keep)
@@ -301,7 +302,10 @@ class _Scan(torch.autograd.Function):
         ctx.raw = raw_v.item(), raw_leak.item(), raw_v.dtype, raw_leak.dtype
         ctx.spikes_again = _spikes_again
         ctx.set_materialize_grads(False)
-        return _scan(current, carry_0, keep, *bounds, layout, leak_reset)
+        spikes, carry = _scan(current, carry_0, keep, *bounds, layout, leak_reset, with_carry)
+        if not with_carry:
+            ctx.mark_non_differentiable(carry)
+        return spikes, carry
 
     @staticmethod
     @once_differentiable
@@ -328,11 +332,12 @@ class _Scan(torch.autograd.Function):
         if (raw_leak <= 0 and grad_leak > 0) or (raw_leak >= 1 and grad_leak < 0):
             grad_leak = 0.0
         grads = torch.tensor(grad_v, dtype=type_v), torch.tensor(grad_leak, dtype=type_leak)
-        return grad_current, grad_carry_0, None, *grads, None, None
+        return grad_current, grad_carry_0, None, *grads, None, None, None
 
 
 def _spikes_again(ctx: Any) -> Tensor:
-    return _scan(*ctx.saved_tensors, *ctx.constants)[0]
+    (current, carry_0, keep), (v, leak, layout, leak_reset) = ctx.saved_tensors, ctx.constants
+    return _scan(current, carry_0, keep, v, leak, layout, leak_reset, with_carry=False)[0]
 
 
 def _bounds(raw_v: Tensor, raw_leak: Tensor) -> tuple[float, float]:
@@ -347,6 +352,7 @@ def cpu_scan(
     keep: Tensor | None = None,
     hold: int = 1,
     leak_reset: bool = False,
+    with_carry: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """`snn_rl.scan.lif_scan` for single and double precision on the CPU."""
     layout = _Layout(current, keep, hold)
@@ -357,5 +363,5 @@ def cpu_scan(
         keep = keep.to(current.dtype).contiguous()
     inputs = (current, carry, raw_threshold, raw_leak)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        return _Scan.apply(current, carry, keep, raw_threshold, raw_leak, layout, leak_reset)
-    return _scan(current, carry, keep, *_bounds(raw_threshold, raw_leak), layout, leak_reset)
+        return _Scan.apply(current, carry, keep, raw_threshold, raw_leak, layout, leak_reset, with_carry)
+    return _scan(current, carry, keep, *_bounds(raw_threshold, raw_leak), layout, leak_reset, with_carry)

@@ -38,7 +38,7 @@ def _forward(
     TYPE: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """current (STEPS / HOLD, neurons), carry_0 (neurons) or None, keep (STEPS / FRAME, rows) or None -> spikes (STEPS,
-    neurons), carry (neurons)."""
+    neurons), carry (neurons) or None."""
     i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = i < neurons
     v, leak, reset = _constants(raw_v, raw_leak, LEAK_RESET, MIN, TYPE)
@@ -56,7 +56,8 @@ def _forward(
         fires = u > v
         tl.store(spikes + t * neurons + i, tl.where(fires, 1.0, 0.0).to(spikes.dtype.element_ty), inside)
         carry = leak * u - tl.where(fires, reset, 0.0)
-    tl.store(carry_at + i, carry, inside)
+    if carry_at is not None:
+        tl.store(carry_at + i, carry, inside)
 
 
 @triton.jit
@@ -126,9 +127,11 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, current: Tensor, carry_0: Tensor | None, keep: Tensor | None, raw_v: Tensor, raw_leak: Tensor,
-        layout: Layout, leak_reset: bool,
+        layout: Layout, leak_reset: bool, with_carry: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        spikes, carries = _scan(current, carry_0, keep, raw_v, raw_leak, layout, leak_reset)
+        spikes, carries = _scan(current, carry_0, keep, raw_v, raw_leak, layout, leak_reset, with_carry)
+        if not with_carry:
+            ctx.mark_non_differentiable(carries[-1])
         ctx.save_for_backward(current, keep, raw_v, raw_leak, carry_0, *carries[:-1])
         ctx.layout, ctx.leak_reset = layout, leak_reset
         ctx.spikes_again = _spikes_again
@@ -160,20 +163,22 @@ class _Scan(torch.autograd.Function):
         grad_v = grad_v.masked_fill((raw_v <= MIN_THRESHOLD) & (grad_v > 0), 0.0)
         outward = ((raw_leak <= 0) & (grad_leak > 0)) | ((raw_leak >= 1) & (grad_leak < 0))
         grad_leak = grad_leak.masked_fill(outward, 0.0)
-        return grad_current, grad_carry, None, grad_v.to(raw_v.dtype), grad_leak.to(raw_leak.dtype), None, None
+        return grad_current, grad_carry, None, grad_v.to(raw_v.dtype), grad_leak.to(raw_leak.dtype), None, None, None
 
 
 def _scan(
     current: Tensor, carry_0: Tensor | None, keep: Tensor | None, raw_v: Tensor, raw_leak: Tensor, layout: Layout,
-    leak_reset: bool,
+    leak_reset: bool, with_carry: bool,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """Spikes, and the carry after each of the `_pieces`, of arguments that are `Layout.dense`."""
     spikes = layout.empty(current.dtype, layout.steps)
     carries: list[Tensor] = []
-    for current_k, keep_k, spikes_k in _pieces(current, keep, spikes, layout=layout):
-        carry = layout.empty(_compute_type(current.dtype))
+    pieces = _pieces(current, keep, spikes, layout=layout)
+    for k, (current_k, keep_k, spikes_k) in enumerate(pieces):
+        wanted = with_carry or k < len(pieces) - 1
+        carry = layout.empty(_compute_type(current.dtype)) if wanted else current.new_empty(0)
         _launch(
-            _forward, current_k, carry_0, keep_k, spikes_k, carry, raw_v, raw_leak,
+            _forward, current_k, carry_0, keep_k, spikes_k, carry if wanted else None, raw_v, raw_leak,
             layout=layout, steps=len(spikes_k), leak_reset=leak_reset,
         )  # fmt: skip
         carries.append(carry)
@@ -216,7 +221,7 @@ def _compute_type(dtype: torch.dtype) -> torch.dtype:
 
 def _spikes_again(ctx: Any) -> Tensor:
     current, keep, raw_v, raw_leak, carry_0, *_ = ctx.saved_tensors
-    return _scan(current, carry_0, keep, raw_v, raw_leak, ctx.layout, ctx.leak_reset)[0]
+    return _scan(current, carry_0, keep, raw_v, raw_leak, ctx.layout, ctx.leak_reset, False)[0]
 
 
 def cuda_scan(
@@ -227,6 +232,7 @@ def cuda_scan(
     keep: Tensor | None = None,
     hold: int = 1,
     leak_reset: bool = False,
+    with_carry: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """`snn_rl.scan.lif_scan` on a CUDA device; half precision is computed in single, the carry stays in single."""
     layout = Layout(current, keep, hold)
@@ -237,6 +243,6 @@ def cuda_scan(
     if keep is not None:
         keep = keep.to(compute).contiguous()
     if torch.is_grad_enabled():
-        return _Scan.apply(current, carry, keep, raw_threshold, raw_leak, layout, leak_reset)
-    spikes, carries = _scan(current, carry, keep, raw_threshold, raw_leak, layout, leak_reset)
+        return _Scan.apply(current, carry, keep, raw_threshold, raw_leak, layout, leak_reset, with_carry)
+    spikes, carries = _scan(current, carry, keep, raw_threshold, raw_leak, layout, leak_reset, with_carry)
     return spikes, carries[-1]

@@ -50,6 +50,7 @@ def reference_scan(
     keep: Tensor | None = None,
     hold: int = 1,
     leak_reset: bool = False,
+    with_carry: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """`snn_rl.scan.lif_scan` on any device; half precision is computed in single, the carry stays in single."""
     dtype = current.dtype
@@ -62,7 +63,7 @@ def reference_scan(
         keep = keep.to(compute).reshape(*keep.shape, *[1] * (current.dim() - 2))
     v, leak = bounded_threshold(raw_threshold), bounded_leak(raw_leak)
     spikes, carry = _Scan.apply(current, carry, v, leak, keep, leak_reset)
-    return spikes.to(dtype), carry
+    return spikes.to(dtype), carry if with_carry else carry.new_empty(0)
 
 
 class _Scan(torch.autograd.Function):
