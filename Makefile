@@ -52,9 +52,9 @@ bench: $(BENCH)/.installed  ## Compare speed and memory with other frameworks (h
 	$(BENCH)/bin/python benchmarks/layers.py nature --batch 32
 	$(BENCH)/bin/python benchmarks/layers.py nature --batch 256 --rounds 5
 	$(BENCH)/bin/python benchmarks/layers.py vgg16 --batch 32 --rounds 3
-	$(BENCH)/bin/python benchmarks/agents.py
 	$(BENCH)/bin/python benchmarks/acting.py
 	$(BENCH)/bin/python benchmarks/scaling.py $(BENCH)/scaling.png
+	$(BENCH)/bin/python benchmarks/agents.py
 
 clean:  ## Remove the environment and caches, not the runs
 	rm -rf $(VENV) $(BENCH) .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -219,8 +219,7 @@ def test_membranes_of_another_precision_are_taken() -> None:
 
 @pytest.fixture(scope="module")
 def cuda() -> ModuleType:
-    if not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
+    """The CUDA kernels; interpreted where there is no such device (see conftest.py)."""
     return pytest.importorskip("snn_rl.scan._cuda")
 
 
