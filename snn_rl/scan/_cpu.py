@@ -68,6 +68,14 @@ def _step(carry_tm1: Any, current: Any, spikes: Any, carry: Any, v: Any, leak: A
 
 
 @compiled()
+def _last_step(carry_tm1: Any, current: Any, spikes: Any, v: Any) -> None:
+    """`_step` where nobody wants the carry."""
+    one, zero = spikes.dtype.type(1), spikes.dtype.type(0)
+    for j in range(current.size):
+        spikes[j] = one if carry_tm1[j] + current[j] > v else zero
+
+
+@compiled()
 def _forward(
     current_at: int, carry_0_at: int, keep_at: int, spikes_at: int, carry_at: int, v: Any, leak: Any, reset: Any,
     steps: int, hold: int, frame: int, rows: int, width: int, block: int, first: int, last: int,
@@ -94,8 +102,12 @@ def _forward(
                 for j in range(size):
                     kept[j] = before[j] * factor
                 before = kept[:size]
-            after = carry[row, low:high] if carry_at and t == steps - 1 else between[t % 2, :size]
-            _step(before, current[t // hold, row, low:high], spikes[t, row, low:high], after, v, leak, reset)
+            to_neurons, fired = current[t // hold, row, low:high], spikes[t, row, low:high]
+            if t == steps - 1 and not carry_at:
+                _last_step(before, to_neurons, fired, v)
+                continue
+            after = carry[row, low:high] if t == steps - 1 else between[t % 2, :size]
+            _step(before, to_neurons, fired, after, v, leak, reset)
             before = after
 
 
@@ -134,6 +146,21 @@ def _step_backward(
     return grad_v, grad_leak
 
 
+@compiled(fastmath={"reassoc", "contract", "nsz"})
+def _last_step_backward(u: Any, grad_spikes: Any, grad_carry_tm1: Any, v: Any) -> Any:
+    """`_step_backward` where nobody wants the carry; returns dL/dv alone."""
+    one, zero = u.dtype.type(1), u.dtype.type(0)
+    per_v = one / v
+    height = u.dtype.type(GAMMA) * per_v
+    grad_v = zero
+    for j in range(u.size):
+        u_j = u[j]
+        through_spike = max(zero, one - abs(u_j * per_v - one)) * height * grad_spikes[j]
+        grad_v -= through_spike * u_j
+        grad_carry_tm1[j] = through_spike
+    return grad_v * per_v
+
+
 @compiled()
 def _potentials(carry_tm1: Any, current: Any, u: Any, carry: Any, v: Any, leak: Any, reset: Any) -> None:
     zero = u.dtype.type(0)
@@ -141,6 +168,12 @@ def _potentials(carry_tm1: Any, current: Any, u: Any, carry: Any, v: Any, leak: 
         u_j = carry_tm1[j] + current[j]
         u[j] = u_j
         carry[j] = leak * u_j - (reset if u_j > v else zero)
+
+
+@compiled()
+def _last_potentials(carry_tm1: Any, current: Any, u: Any) -> None:
+    for j in range(current.size):
+        u[j] = carry_tm1[j] + current[j]
 
 
 @compiled()
@@ -175,19 +208,24 @@ def _backward(
                 for j in range(size):
                     kept[j] = before[j] * factor
                 before = kept[:size]
-            after = between[t % 2, :size]
-            _potentials(before, current[t // hold, row, low:high], u[t, :size], after, v, leak, reset)
+            to_neurons, after = current[t // hold, row, low:high], between[t % 2, :size]
+            if t == steps - 1:
+                _last_potentials(before, to_neurons, u[t, :size])
+            else:
+                _potentials(before, to_neurons, u[t, :size], after, v, leak, reset)
             before = after
         grad_v, grad_leak = 0.0, 0.0
         later = grad_last[row, low:high] if grad_carry_at else nothing[:size]
         for t in range(steps - 1, -1, -1):
             to_current = grad_current[t // hold, row, low:high]
             grad_u = to_current if hold == 1 else between[t % 2, :size]
-            step_v, step_leak = _step_backward(
-                u[t, :size], grad_spikes[t, row, low:high], later, grad_u, v, leak, leak_reset
-            )
-            grad_v += step_v
-            grad_leak += step_leak
+            to_spikes = grad_spikes[t, row, low:high]
+            if t == steps - 1 and not grad_carry_at:
+                grad_v += _last_step_backward(u[t, :size], to_spikes, grad_u, v)
+            else:
+                step_v, step_leak = _step_backward(u[t, :size], to_spikes, later, grad_u, v, leak, leak_reset)
+                grad_v += step_v
+                grad_leak += step_leak
             if hold > 1:
                 if t % hold == hold - 1:
                     for j in range(size):
@@ -331,7 +369,7 @@ class _Scan(torch.autograd.Function):
             grad_v = 0.0
         if (raw_leak <= 0 and grad_leak > 0) or (raw_leak >= 1 and grad_leak < 0):
             grad_leak = 0.0
-        grads = torch.tensor(grad_v, dtype=type_v), torch.tensor(grad_leak, dtype=type_leak)
+        grads = torch.scalar_tensor(grad_v, dtype=type_v), torch.scalar_tensor(grad_leak, dtype=type_leak)
         return grad_current, grad_carry_0, None, *grads, None, None, None
 
 
