@@ -13,9 +13,10 @@ from agents import RECIPES
 from snn_rl.cli import environment_of, exit_status
 from snn_rl.evaluation import evaluate
 from snn_rl.files import write_json
-from snn_rl.pipeline import PROTOCOL, check_device
+from snn_rl.pipeline import PROTOCOL
 from snn_rl.policy_file import load_policy
 from snn_rl.recipe import TEST_SEEDS
+from snn_rl.stages import check_device
 
 
 def main(argv: Sequence[str] | None = None) -> int:

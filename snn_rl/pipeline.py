@@ -1,19 +1,13 @@
-"""ANN, conversion, temporal pruning: a fold of stages, each a function from a parent's checkpoint to its own.
+"""The stages of an agent: ANN-DQN, conversion, temporal pruning. How stages make a run: `snn_rl.stages`.
 
-A stage writes into a folder of its own and ends by writing ``metrics.json``; where that stands, the stage is done.
-A killed run goes on from the same call: finished stages are skipped, and a started one resumes from its last
-checkpoint (model, replay and history, written every ``checkpoint_every`` environment steps).
+A checkpoint is model, replay and history, written every ``checkpoint_every`` environment steps.
 """
 
 from __future__ import annotations
 
-import os
-import platform
-import sys
 import time
 import warnings
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +23,13 @@ from snn_rl.dqn import ConvExtractor, SequenceReplayBuffer, SpikingDQN, SpikingD
 from snn_rl.dqn.replay import frame_stack_of
 from snn_rl.dqn.teacher import StackedTeacher
 from snn_rl.evaluation import evaluate, spiking_network
-from snn_rl.files import TEMPORARY, atomic, read_json, write_json
+from snn_rl.files import atomic, read_json, write_json
 from snn_rl.policy_file import load_policy, save_policy
 from snn_rl.recipe import SEEDS_PER_RUN, TEST_SEEDS, VALIDATION_SEEDS, AnnConfig, Recipe, SnnConfig
+from snn_rl.stages import BEST, Stage, chain, check_device, claim, hardware, remove_leftovers, run_stages, versions
 
 PROTOCOL = "greedy, one episode per seed, seeds unseen in training and selection"
 CURVE_POINTS = 400
-BEST = "best.zip"
 
 
 @dataclass(frozen=True)
@@ -65,22 +59,6 @@ class Run:
         return ann if ann.observation_space == env.observation_space else StackedTeacher(ann, env.observation_space)
 
 
-@dataclass(frozen=True)
-class Stage:
-    """``timesteps`` is None for the ANN."""
-
-    timesteps: int | None
-    parent: str | None  # a stage's name, or the file that stands for the ANN stage's parent
-
-    @property
-    def name(self) -> str:
-        return "ann" if self.timesteps is None else f"T{self.timesteps}"
-
-    @property
-    def algorithm(self) -> type[DQN]:
-        return DQN if self.timesteps is None else SpikingDQN
-
-
 def run(
     recipe: Recipe,
     directory: Path,
@@ -102,68 +80,10 @@ def run(
     device = check_device(device)
     if recipe.cpu_threads is not None:
         torch.set_num_threads(recipe.cpu_threads)
-    _claim(directory, recipe, seed, ann)
+    claim(directory, recipe.as_dict(), seed, ann, "the zip of an SB3 DQN")
     this = Run(recipe, directory, seed, device, progress_bar)
-    stages = [Stage(None, None if ann is None else str(ann))]
-    for timesteps in recipe.schedule:
-        stages.append(Stage(timesteps, stages[-1].name))
-    for stage in stages:
-        if not (directory / stage.name / "metrics.json").is_file():
-            _train_stage(this, stage)
-        _remove_leftovers(directory / stage.name)
-        results = collect_results(this, stages)
-        write_json(directory / "results.json", results)
-    return results
-
-
-def check_device(device: str) -> str:
-    """``device`` itself. Raises ValueError where torch does not know it or this machine does not have it."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        kind = "unknown"
-    if kind not in ("cpu", "cuda"):
-        raise ValueError(f"unknown device {device!r}; use auto, cpu or cuda")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} was asked for, but torch sees no CUDA device here; use --device cpu")
-    return device
-
-
-def _claim(directory: Path, recipe: Recipe, seed: int, ann: Path | None) -> None:
-    """Bind the directory to this run, or find that it is."""
-    if ann is not None and not ann.is_file():
-        raise ValueError(f"no file at {ann}; --ann takes the zip of an SB3 DQN")
-    config = {"recipe": recipe.as_dict(), "seed": seed, "ann": None if ann is None else str(ann.resolve())}
-    path = directory / "run.json"
-    if not path.is_file():
-        write_json(path, config)
-        return
-    before = _flat(read_json(path))
-    # through the writer's own conversion, in which tuples are lists
-    now = _flat(_jsonable(config))
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key):
-            raise ValueError(
-                f"{directory} belongs to another run: its {key} is {before.get(key)!r}, not {now.get(key)!r}; "
-                "use another --run-dir"
-            )
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _jsonable(v) for key, v in value.items()}
-    return [_jsonable(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    out: dict[str, Any] = {}
-    for key, inner in value.items():
-        out |= _flat(inner, f"{prefix}.{key}" if prefix else key)
-    return out
+    head = {"recipe": recipe.name, "env_id": recipe.env_id, "seed": seed}
+    return run_stages(directory, chain(recipe.schedule, ann), lambda stage: _train_stage(this, stage), head)
 
 
 # --- one stage ----------------------------------------------------------------------------------------------------
@@ -206,13 +126,17 @@ def _train_stage(this: Run, stage: Stage) -> None:
         history.extra_steps += model.num_timesteps
         history.extra_updates += model._n_updates
         if (folder / BEST).is_file():
-            model = _load(this, stage.algorithm, folder / BEST)
+            model = _load(this, _algorithm(stage), folder / BEST)
     _export(this, stage, model, history)
+
+
+def _algorithm(stage: Stage) -> type[DQN]:
+    return DQN if stage.timesteps is None else SpikingDQN
 
 
 def _begin(this: Run, stage: Stage) -> tuple[DQN, History]:
     """A stage's algorithm before its first step of learning on its own play."""
-    _remove_leftovers(this.directory / stage.name)
+    remove_leftovers(this.directory / stage.name)
     env = this.env(stage, this.recipe.num_envs, 0)
     if stage.timesteps is None:
         return new_ann(this, env), History()
@@ -439,7 +363,7 @@ def _resume(this: Run, stage: Stage) -> tuple[DQN, History] | None:
     if not (folder / "checkpoint.zip").is_file():
         return None
     env = this.env(stage, this.recipe.num_envs, 0)
-    model = _load(this, stage.algorithm, folder / "checkpoint.zip", env)
+    model = _load(this, _algorithm(stage), folder / "checkpoint.zip", env)
     model.load_replay_buffer(folder / "checkpoint.replay.pkl")
     history = History(**read_json(folder / "checkpoint.json"))
     if isinstance(model, SpikingDQN):
@@ -450,7 +374,7 @@ def _resume(this: Run, stage: Stage) -> tuple[DQN, History] | None:
     history.curve = {key: [values[n] for n in kept] for key, values in history.curve.items()}
     history.validation = [[at, mean] for at, mean in history.validation if at <= steps]
     if (folder / BEST).is_file():  # perhaps of a validation that was made since, and is as true
-        validated = _load(this, stage.algorithm, folder / BEST).validated  # type: ignore[attr-defined]
+        validated = _load(this, _algorithm(stage), folder / BEST).validated  # type: ignore[attr-defined]
         if validated not in history.validation:
             history.validation.append(validated)
     # Not the same episodes and the same exploration once more, which the stage began with.
@@ -511,41 +435,3 @@ def _export(this: Run, stage: Stage, model: DQN, history: History) -> None:
             "hardware": hardware(this.device),
         },
     )
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """What a stage needs on its way only, and what a kill left half-written."""
-    for pattern in (BEST, "checkpoint.*", f"{TEMPORARY}*"):
-        for leftover in folder.glob(pattern):
-            leftover.unlink()
-
-
-def collect_results(this: Run, stages: list[Stage]) -> dict[str, Any]:
-    """What ``results.json`` holds: the metrics of all finished stages, and where the last of them was measured."""
-    paths = (this.directory / stage.name / "metrics.json" for stage in stages)
-    finished = [read_json(path) for path in paths if path.is_file()]
-    return {
-        "recipe": this.recipe.name,
-        "env_id": this.recipe.env_id,
-        "seed": this.seed,
-        "versions": finished[-1]["versions"],
-        "hardware": finished[-1]["hardware"],
-        "stages": finished,
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a result depends on."""
-    packages = ("torch", "stable-baselines3", "gymnasium", "ale-py", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
-
-
-def hardware(device: str) -> str:
-    """The processor, or the GPU, in words."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    if sys.platform == "linux":
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
