@@ -17,7 +17,9 @@ from gymnasium import spaces
 from measure import machine, table
 from stable_baselines3 import DQN
 
-from snn_rl import SpikingDQN
+from snn_rl import SpikingDQN, count_spikes
+
+RATE = 0.1  # spikes per neuron and micro-step; a trained Pong agent has 0.10 at T5 and 0.12 at T1 (docs/results.md)
 
 
 class Frames(gym.Env[np.ndarray, int]):
@@ -34,12 +36,34 @@ class Frames(gym.Env[np.ndarray, int]):
         return self.observation_space.sample(), 0.0, False, False, {}
 
 
+def spiking_agent(policy: str, env: gym.Env[Any, Any], timesteps: int, **common: Any) -> SpikingDQN:
+    """An untrained agent whose layers fire as those of trained ones do: each neuron at `RATE` of the micro-steps.
+
+    Untrained layers fall silent one after the other, and silence costs nothing where acting follows the spikes.
+    """
+    agent = SpikingDQN(policy, env, policy_kwargs={"timesteps": timesteps}, **common)
+    network = agent.q_net.network
+    env.observation_space.seed(1)
+    observations = torch.as_tensor(np.stack([env.observation_space.sample() for _ in range(16)]))
+    for name, lif in network.lif_layers.items():  # in order: the later ones see what the earlier ones now do
+        low, high = 1e-6, 1e3
+        for _ in range(40):
+            lif.raw_threshold.data.fill_((low * high) ** 0.5)
+            with count_spikes(network) as counter, torch.no_grad():
+                state = None
+                for _ in range(3):  # frames, until membranes are those of play
+                    _, state = agent.q_net(observations.to(network.device), state)
+            too_many = counter.rates()[name] / timesteps > RATE
+            low, high = (lif.threshold.item(), high) if too_many else (low, lif.threshold.item())
+    return agent
+
+
 def latencies(policy: str, env: gym.Env[Any, Any], rounds: int, device: str) -> dict[str, float]:
     """Median seconds of a call. The agents take turns, so that a slow spell of the machine meets them all."""
     common: dict[str, Any] = {"buffer_size": 100, "seed": 0, "device": device}
     agents: dict[str, DQN] = {"SB3's DQN": DQN(policy, env, **common)}
     for timesteps in range(1, 6):
-        agents[f"T{timesteps}"] = SpikingDQN(policy, env, policy_kwargs={"timesteps": timesteps}, **common)
+        agents[f"T{timesteps}"] = spiking_agent(policy, env, timesteps, **common)
     states: dict[str, Any] = dict.fromkeys(agents)
     seconds: dict[str, list[float]] = {name: [] for name in agents}
     env.observation_space.seed(0)
@@ -59,7 +83,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print(machine(args.device) + "\n")
+    print(f"{machine(args.device)}; {RATE} spikes per neuron and micro-step\n")
     rows = []
     for name, policy, env in (
         ("Nature CNN, 4 x 84 x 84", "CnnPolicy", Frames()),

@@ -15,14 +15,14 @@ import gymnasium as gym
 import matplotlib as mpl
 import numpy as np
 import torch
-from acting import Frames
+from acting import Frames, spiking_agent
 from layers import inference, training_step
 from measure import machine, medians, table
 from stable_baselines3 import DQN
 from torch import nn
 from variants import LEAK, Ours, nature_cnn
 
-from snn_rl import SpikingDQN, to_spiking
+from snn_rl import to_spiking
 
 ROUNDS = 7
 Curves = dict[str, list[float]]  # milliseconds at each point of the axis
@@ -60,7 +60,7 @@ def over_environments(environments: int) -> dict[str, Call]:
     common: dict[str, Any] = {"buffer_size": 100, "seed": 0, "device": "cpu"}
     agents: dict[str, DQN] = {"SB3's DQN": DQN("CnnPolicy", Frames(), **common)}
     for t in (1, 5):
-        agents[f"T = {t}"] = SpikingDQN("CnnPolicy", Frames(), policy_kwargs={"timesteps": t}, **common)
+        agents[f"T = {t}"] = spiking_agent("CnnPolicy", Frames(), t, **common)
     space: gym.Space[np.ndarray] = Frames.observation_space
     space.seed(0)
     observations = np.stack([space.sample() for _ in range(environments)])

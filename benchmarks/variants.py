@@ -72,10 +72,14 @@ class Folded(nn.Module):
             if i not in self.lif:
                 x = layer(x)
                 continue
-            steps = 1 if i == self.lif[0] else self.timesteps
-            current = x.unflatten(0, (steps, batch)).expand(self.timesteps, batch, *x.shape[1:])
+            first = i == self.lif[0]
             neuron = self.neurons[self.lif.index(i)]
-            x = (current if neuron is None else neuron(current)).flatten(0, 1)
+            if neuron is None:  # the frame's current once more for each micro-step, in the memory format that it has
+                x = torch.cat([x] * self.timesteps) if first else x
+            else:
+                steps = 1 if first else self.timesteps
+                current = x.unflatten(0, (steps, batch)).expand(self.timesteps, batch, *x.shape[1:])
+                x = neuron(current).flatten(0, 1)
             if i == self.lif[-1]:
                 x = x.unflatten(0, (self.timesteps, batch)).mean(0)
         return x
@@ -197,7 +201,11 @@ def build(network: str, timesteps: int, x: Tensor, *, check: bool = True) -> dic
             agree(name, peer, Ours(leaky if leak_reset else ours), calibration[:4])
         variants[name] = peer
     device = x.device
-    return {name: v.to(device, memory_format=torch.channels_last) for name, v in variants.items()}  # type: ignore[call-overload]
+    variants = {name: v.to(device, memory_format=torch.channels_last) for name, v in variants.items()}  # type: ignore[call-overload]
+    if check:
+        for name, variant in variants.items():
+            same_format(name, variant, x)
+    return variants
 
 
 def chain(snn: nn.Module) -> list[nn.Module]:
@@ -222,3 +230,17 @@ def agree(name: str, peer: nn.Module, ours: nn.Module, x: Tensor) -> None:
     error = ((theirs - expected).abs().mean() / expected.abs().mean()).item()
     if not error < 0.02:
         raise RuntimeError(f"{name} computes something else: outputs differ by {error:.1%}")
+
+
+@torch.no_grad()
+def same_format(name: str, variant: nn.Module, x: Tensor) -> None:
+    """Every convolution of every variant gets its input channels-last, or the comparison is not one of neurons."""
+
+    def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if not inputs[0].is_contiguous(memory_format=torch.channels_last):
+            raise RuntimeError(f"{name}: a convolution gets an input that is not channels-last: {module}")
+
+    handles = [m.register_forward_pre_hook(look) for m in variant.modules() if isinstance(m, nn.Conv2d)]
+    variant(x)
+    for handle in handles:
+        handle.remove()

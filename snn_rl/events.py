@@ -15,6 +15,7 @@ import numba
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from snn_rl.network import FrameDropout, SpikingNetwork
 from snn_rl.neuron import LIF
@@ -53,7 +54,8 @@ def _add(out: Any, weight: Any) -> None:
 @compiled()
 def _scatter(events: Any, row: Any, weight: Any, out: Any) -> None:
     """Spikes, as indices into a flat image (height, width, channels), through a synapse; added to ``out``."""
-    if row[IN_H] * row[IN_W] * row[OUT_H] * row[OUT_W] * row[KERNEL_H] * row[KERNEL_W] == 1:
+    one_pixel = row[IN_H] * row[IN_W] * row[OUT_H] * row[OUT_W] * row[KERNEL_H] * row[KERNEL_W] == 1
+    if one_pixel and row[PAD_H] + row[PAD_W] == 0:
         _add_rows(out, weight, events)
         return
     channels = row[OUT_C]
@@ -126,8 +128,20 @@ def _frames(
             total[j] = total[j] * per_step + bias[j]
 
 
+def _count_as_changed(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Fused optimisers change parameters without counting it in their versions, by which `EventDriven` knows of it."""
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            torch.autograd.graph.increment_version(group["params"])
+
+
+register_optimizer_step_post_hook(_count_as_changed)
+
+
 class EventDriven:
     """Runs frames of a `SpikingNetwork` that is a chain: Linear or Conv2d, LIF, and so on, a Linear layer last.
+
+    Parameters changed through ``.data`` are seen once the network was in training mode, all other changes at once.
 
     Raises:
         ValueError: a network of another form.
@@ -136,9 +150,12 @@ class EventDriven:
     def __init__(self, network: SpikingNetwork) -> None:
         self.network = network
         self.synapses = _chain(network)
-        self._parameters = list(network.parameters())
         self._modules = list(network.modules())
-        self._version: list[tuple[int, int]] = []
+        self._owners = [
+            (m._parameters, name) for m in self._modules for name, p in m._parameters.items() if p is not None
+        ]
+        self._seen: list[Any] = []  # the parameters of this version, so that no others can have their identities
+        self._version: list[tuple[int, int, int]] = []
         self._calls = 0  # at this version of the parameters
         self._layout: _Layout | None = None
 
@@ -147,10 +164,17 @@ class EventDriven:
 
     def ready(self) -> bool:
         """Whether the next frame is to run here: in single precision on the CPU, weights have rested, none watches."""
-        version = [(p.data_ptr(), p._version) for p in self._parameters]
+        if self.network.training:
+            self._version, self._layout = [], None
+            return False
+        parameters = [of[name] for of, name in self._owners]
+        try:
+            version = [(id(p), p.data_ptr(), p._version) for p in parameters]  # type: ignore[union-attr]
+        except RuntimeError:  # tensors of inference mode have no version
+            return False
         if version != self._version:
-            self._version, self._calls, self._layout = version, 0, None
-            self._fits = all(p.device.type == "cpu" and p.dtype == torch.float32 for p in self._parameters)
+            self._seen, self._version, self._calls, self._layout = parameters, version, 0, None
+            self._fits = all(p.device.type == "cpu" and p.dtype == torch.float32 for p in parameters)  # type: ignore[union-attr]
         self._calls += 1
         if not self._fits or self._calls <= CALLS_BEFORE_LAYOUT:
             return False
@@ -167,9 +191,9 @@ class EventDriven:
             first = self.synapses[0]
             current = first(x.flatten(1) if isinstance(first, nn.Linear) else x)
         batch = len(current)
-        if self._layout is None:
-            self._layout = _Layout(self.network, self.synapses[1:], current.shape[1:])
-        layout = self._layout
+        layout = self._layout  # read once: in another thread `ready` may drop it
+        if layout is None:
+            layout = self._layout = _Layout(self.network, self.synapses[1:], current.shape[1:])
         current_0 = np.ascontiguousarray(_channels_last(current.numpy())).reshape(batch, -1)
         carries = [np.zeros((batch, *shape), np.float32) for shape in layout.carry_shapes]
         if state is not None:
@@ -184,7 +208,9 @@ class EventDriven:
                     carry[episode_start] = 0
         out = np.empty((batch, layout.outputs), np.float32)
         addresses = np.array([carry.ctypes.data for carry in carries])
-        _frames(current_0, layout.table, layout.lifs, addresses, *layout.scratch, out, self.network.timesteps)
+        # scratch of its own: another thread may be in the midst of a frame
+        scratch = np.empty(layout.neurons, np.float32), np.empty(layout.neurons, np.int64)
+        _frames(current_0, layout.table, layout.lifs, addresses, *scratch, out, self.network.timesteps)
         return out, tuple(map(_channels_first, carries))
 
 
@@ -227,8 +253,7 @@ class _Layout:
         self.outputs = channels
         self.table = np.array(rows, np.int64)
         self.lifs = np.array([_constants(lif) for lif in network.lif_layers.values()], np.float32)
-        neurons = max(int(np.prod(shape)) for shape in self.carry_shapes)
-        self.scratch = np.empty(neurons, np.float32), np.empty(neurons, np.int64)
+        self.neurons = max(int(np.prod(shape)) for shape in self.carry_shapes)  # of the largest layer
 
 
 def _by_input(weight: Tensor, stride: int, across: int) -> np.ndarray:

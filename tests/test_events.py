@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -145,6 +146,88 @@ def test_new_weights_are_used_at_once() -> None:
         assert (events(x)[0] != before).any()
     net.timesteps = 4
     assert agree()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.SGD])
+def test_a_step_of_a_fused_optimiser_is_seen(kind: type[torch.optim.Optimizer]) -> None:
+    """Such a step does not count as a change in the parameters' versions."""
+    net = exact(mlp(), inputs(8, 4), 1)
+    events = EventDriven(net)
+    assert settled(events)
+    optimizer = kind(net.parameters(), lr=0.5, fused=True)  # type: ignore[call-arg]
+    net(inputs(4, 4))[0].sum().backward()
+    optimizer.step()
+    assert not events.ready()
+
+
+def test_parameters_put_in_the_place_of_others_are_seen() -> None:
+    net = exact(mlp(), inputs(8, 4), 1)
+    events = EventDriven(net)
+    x = inputs(1, 4)
+    changes: list[Callable[[], object]] = [
+        lambda: net.load_state_dict({name: value + 0.25 for name, value in net.state_dict().items()}, assign=True),
+        lambda: setattr(events.synapses[1], "weight", nn.Parameter(events.synapses[1].weight.detach() + 1)),
+    ]
+    for change in changes:
+        assert settled(events)
+        change()
+        assert not events.ready()
+        assert settled(events)
+        with torch.no_grad():
+            np.testing.assert_array_equal(events(x)[0], net(x)[0].numpy())
+
+
+def test_nothing_is_laid_out_while_the_network_trains() -> None:
+    net = exact(mlp(), inputs(8, 4), 1)
+    events = EventDriven(net)
+    assert settled(events)
+    net.train()
+    assert not settled(events)
+    for p in net.parameters():
+        p.data.add_(0.5)  # unseen by version numbers
+    net.eval()
+    assert settled(events)
+    x = inputs(1, 4)
+    with torch.no_grad():
+        np.testing.assert_array_equal(events(x)[0], net(x)[0].numpy())
+
+
+def test_parameters_of_inference_mode_run_as_layers() -> None:
+    with torch.inference_mode():
+        net = exact(mlp(), inputs(8, 4), 1)
+    assert not settled(EventDriven(net))
+
+
+def test_threads_share_a_network() -> None:
+    """Many threads at once, on scratch memory that one frame would not survive sharing."""
+    torch.manual_seed(0)
+    net = exact(nn.Sequential(nn.Linear(32, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 4)),
+                inputs(8, 32), 4)  # fmt: skip
+    events = EventDriven(net)
+    assert settled(events)
+    frames = [inputs(1, 32) for _ in range(4)]
+    expected = [events(x)[0] for x in frames]
+    wrong: list[int] = []
+
+    def play_one(i: int) -> None:
+        for _ in range(100):
+            if not np.array_equal(events(frames[i])[0], expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=play_one, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_one_pixel_that_padding_pushes_out_of_reach() -> None:
+    """A kernel of one pixel with padding 1 and stride 3 on a single pixel sees the padding alone."""
+    ann = nn.Sequential(
+        nn.Conv2d(2, 3, 1), nn.ReLU(), nn.Conv2d(3, 2, 1, stride=3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(2, 2)
+    )
+    play(exact(ann, inputs(8, 2, 1, 1), 2), (2, 1, 1))
 
 
 def test_layers_that_are_watched_run_as_layers() -> None:

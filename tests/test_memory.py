@@ -110,3 +110,37 @@ def test_no_spikes_are_kept_for_the_backward_pass(monkeypatch: pytest.MonkeyPatc
     # The first layer's current is the same at every micro-step, and so has none; flattening leaves channels-last.
     assert with_steps == [(5, 3, 8, 2, 2), (15, 32), (5, 3, 16)]
     assert (1, 3, 4, 4, 4) in kept
+
+
+def test_a_backward_pass_inside_autocast_keeps_the_precision_of_the_forward_pass() -> None:
+    torch.manual_seed(0)
+    grads = []
+    plain = nn.Conv2d(4, 6, 3)
+    ours = SpikeConv2d(4, 6, 3)
+    ours.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 4, 7, 7)
+    for layer in (ours, plain):
+        leaf = x.clone().requires_grad_()
+        out = layer(leaf, let_go=True) if layer is ours else layer(leaf)
+        with torch.autocast("cpu", torch.bfloat16):
+            grads.append(torch.autograd.grad(out.square().sum(), [leaf, layer.weight]))
+    for mine, expected in zip(*grads, strict=True):
+        assert mine.dtype == torch.float32
+        torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("timesteps", [1, 3])
+def test_spikes_that_a_hook_has_changed_are_kept(timesteps: int) -> None:
+    ann = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    x = torch.randn(16, 4)
+    net = to_spiking(ann, x, timesteps=timesteps)
+
+    def silence(_: nn.Module, __: Any, output: tuple[Tensor, Tensor]) -> None:
+        with torch.no_grad():
+            output[0].mul_(0)
+
+    next(iter(net.lif_layers.values())).register_forward_hook(silence)
+    net(x)[0].square().sum().backward()
+    second = [m for m in net.modules() if isinstance(m, nn.Linear)][1]
+    assert second.weight.grad is not None
+    assert not second.weight.grad.any()  # nothing entered it

@@ -19,6 +19,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from snn_rl.scan import _cpu, lif_scan, reference_scan
 
@@ -212,6 +213,42 @@ def test_membranes_of_another_precision_are_taken() -> None:
     assert inputs[0] is not None
     assert inputs[1] is not None
     assert torch.equal(lif_scan(inputs[0], inputs[1].double(), *inputs[2:])[0], lif_scan(*inputs)[0])  # type: ignore[arg-type]
+
+
+def test_nan_goes_through_to_the_gradient() -> None:
+    current = torch.tensor([[[float("nan"), 0.9]]], requires_grad=True)
+    v, leak = torch.tensor(1.0), torch.tensor(0.9)
+    results = []
+    for scan in (lif_scan, reference_scan):
+        spikes, _ = scan(current, None, v, leak)
+        results.append(torch.autograd.grad(spikes.sum(), current)[0])
+    assert results[0].isnan().tolist() == [[[True, False]]]
+    torch.testing.assert_close(results[0], results[1], equal_nan=True)
+
+
+def test_the_slope_of_the_surrogate_is_not_compiled_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled code outlives the process that wrote it: a constant inside would outlive its value."""
+    current = torch.ones(1, 1, 1, requires_grad=True)
+    v, leak = torch.tensor(1.0), torch.tensor(0.9)
+
+    def slope() -> float:
+        return torch.autograd.grad(lif_scan(current, None, v, leak)[0].sum(), current)[0].item()
+
+    assert slope() == pytest.approx(0.3)
+    monkeypatch.setattr(_cpu, "GAMMA", 1.0)
+    assert slope() == pytest.approx(1.0)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:DeprecationWarning")
+def test_what_traces_sees_the_reference() -> None:
+    inputs, _ = example(3, 2, (4,))
+    tensors = tuple(x for x in inputs if x is not None)
+    traced = torch.jit.trace(lambda *x: lif_scan(*x), tensors, check_trace=False)
+    for ours, expected in zip(traced(*tensors), lif_scan(*tensors), strict=True):
+        assert torch.equal(ours, expected)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        spikes, _ = lif_scan(torch.empty(3, 2, 4), None, torch.tensor(1.0), torch.tensor(0.9))
+        assert spikes.shape == (3, 2, 4)
 
 
 # --- Triton

@@ -177,14 +177,20 @@ class SpikingDQNPolicy(DQNPolicy):
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {**super()._get_constructor_parameters(), **self.spiking_kwargs}
 
+    def load_from_vector(self, vector: np.ndarray) -> None:
+        """SB3's, which writes through ``.data``: the change is counted, so that acting sees it."""
+        super().load_from_vector(vector)
+        torch.autograd.graph.increment_version(list(self.parameters()))
+
     def _to_tensor(self, observation: np.ndarray | dict[str, np.ndarray], device: torch.device) -> tuple[Tensor, bool]:
         """`obs_to_tensor`, which the plain case skips: arrays that fit the space need none of its questions."""
         space = self.observation_space
         if isinstance(space, spaces.Box) and isinstance(observation, np.ndarray):
-            if observation.shape == space.shape:
-                return torch.as_tensor(observation[None], device=device), False
-            if observation.shape[1:] == space.shape:
-                return torch.as_tensor(observation, device=device), True
+            array = np.ascontiguousarray(observation)  # torch knows no negative strides
+            if array.shape == space.shape:
+                return torch.as_tensor(array[None], device=device), False
+            if array.shape[1:] == space.shape:
+                return torch.as_tensor(array, device=device), True
         if isinstance(observation, tuple):
             raise ValueError(
                 "the observation is a tuple: a gymnasium environment's reset() returns (observation, info), "

@@ -12,7 +12,7 @@ import warnings
 from types import ModuleType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from snn_rl.scan._memory import SpikeConv2d as SpikeConv2d
 from snn_rl.scan._memory import SpikesRecomputed as SpikesRecomputed
@@ -53,8 +53,8 @@ def lif_scan(
     Without ``with_carry`` the second is empty, (0,): a third of what one micro-step writes.
     """
     scan = reference_scan
-    if torch.compiler.is_compiling():
-        pass
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(current) not in (Tensor, nn.Parameter):
+        pass  # what follows the tensors' operations must see them; a subclass of Tensor need not have memory
     elif _cpu is not None and current.device.type == "cpu" and current.dtype in _cpu.NUMPY_TYPE:
         scan = _cpu.cpu_scan
     elif current.device.type == "cuda" and (kernels := _cuda_kernels()) is not None and current.dtype in kernels.TYPES:

@@ -128,18 +128,20 @@ def _forward_parallel(
 
 @compiled(fastmath={"reassoc", "contract", "nsz"})
 def _step_backward(
-    u: Any, grad_spikes: Any, grad_carry: Any, grad_carry_tm1: Any, v: Any, leak: Any, leak_reset: bool
+    u: Any, grad_spikes: Any, grad_carry: Any, grad_carry_tm1: Any, v: Any, leak: Any, leak_reset: bool, gamma: Any
 ) -> Any:
     """dL/du[t] into ``grad_carry_tm1``; returns this step's dL/dv and dL/dleak."""
     one, zero = u.dtype.type(1), u.dtype.type(0)
     per_v = one / v
-    height = u.dtype.type(GAMMA) * per_v  # dL/do -> dL/du at the threshold
+    height = gamma * per_v  # dL/do -> dL/du at the threshold
     reset_leak, reset_v = (leak, v) if leak_reset else (one, zero)
     grad_v, grad_leak = zero, zero
     for j in range(u.size):
         u_j, g_j = u[j], grad_carry[j]
         spike = one if u_j > v else zero
-        through_spike = max(zero, one - abs(u_j * per_v - one)) * height * grad_spikes[j]
+        slope = one - abs(u_j * per_v - one)
+        slope = zero if slope < zero else slope  # and NaN where it is NaN
+        through_spike = slope * height * grad_spikes[j]
         grad_v -= through_spike * u_j * per_v + g_j * spike * reset_leak
         grad_leak += g_j * (u_j - spike * reset_v)
         grad_carry_tm1[j] = through_spike + leak * g_j
@@ -147,15 +149,17 @@ def _step_backward(
 
 
 @compiled(fastmath={"reassoc", "contract", "nsz"})
-def _last_step_backward(u: Any, grad_spikes: Any, grad_carry_tm1: Any, v: Any) -> Any:
+def _last_step_backward(u: Any, grad_spikes: Any, grad_carry_tm1: Any, v: Any, gamma: Any) -> Any:
     """`_step_backward` where nobody wants the carry; returns dL/dv alone."""
     one, zero = u.dtype.type(1), u.dtype.type(0)
     per_v = one / v
-    height = u.dtype.type(GAMMA) * per_v
+    height = gamma * per_v
     grad_v = zero
     for j in range(u.size):
         u_j = u[j]
-        through_spike = max(zero, one - abs(u_j * per_v - one)) * height * grad_spikes[j]
+        slope = one - abs(u_j * per_v - one)
+        slope = zero if slope < zero else slope  # and NaN where it is NaN
+        through_spike = slope * height * grad_spikes[j]
         grad_v -= through_spike * u_j
         grad_carry_tm1[j] = through_spike
     return grad_v * per_v
@@ -179,7 +183,7 @@ def _last_potentials(carry_tm1: Any, current: Any, u: Any) -> None:
 @compiled()
 def _backward(
     current_at: int, carry_0_at: int, keep_at: int, grad_spikes_at: int, grad_carry_at: int, grad_current_at: int,
-    grad_carry_0_at: int, sums: Any, v: Any, leak: Any, leak_reset: bool,
+    grad_carry_0_at: int, sums: Any, v: Any, leak: Any, leak_reset: bool, gamma: Any,
     steps: int, hold: int, frame: int, rows: int, width: int, block: int, first: int, last: int,
 ) -> None:  # fmt: skip
     """Blocks ``first`` to ``last``; their dL/dv and dL/dleak into ``sums`` (blocks, 2), which so do not depend on the
@@ -221,9 +225,9 @@ def _backward(
             grad_u = to_current if hold == 1 else between[t % 2, :size]
             to_spikes = grad_spikes[t, row, low:high]
             if t == steps - 1 and not grad_carry_at:
-                grad_v += _last_step_backward(u[t, :size], to_spikes, grad_u, v)
+                grad_v += _last_step_backward(u[t, :size], to_spikes, grad_u, v, gamma)
             else:
-                step_v, step_leak = _step_backward(u[t, :size], to_spikes, later, grad_u, v, leak, leak_reset)
+                step_v, step_leak = _step_backward(u[t, :size], to_spikes, later, grad_u, v, leak, leak_reset, gamma)
                 grad_v += step_v
                 grad_leak += step_leak
             if hold > 1:
@@ -248,13 +252,13 @@ def _backward(
 @compiled(parallel=True)
 def _backward_parallel(
     current_at: int, carry_0_at: int, keep_at: int, grad_spikes_at: int, grad_carry_at: int, grad_current_at: int,
-    grad_carry_0_at: int, sums: Any, v: Any, leak: Any, leak_reset: bool,
+    grad_carry_0_at: int, sums: Any, v: Any, leak: Any, leak_reset: bool, gamma: Any,
     steps: int, hold: int, frame: int, rows: int, width: int, block: int, blocks: int, threads: int,
 ) -> None:  # fmt: skip
     for i in numba.prange(threads):
         _backward(
             current_at, carry_0_at, keep_at, grad_spikes_at, grad_carry_at, grad_current_at, grad_carry_0_at, sums, v,
-            leak, leak_reset, steps, hold, frame, rows, width, block,
+            leak, leak_reset, gamma, steps, hold, frame, rows, width, block,
             blocks * i // threads, blocks * (i + 1) // threads,
         )  # fmt: skip
 
@@ -360,7 +364,7 @@ class _Scan(torch.autograd.Function):
         sums = np.empty((layout.blocks, 2))
         addresses = (_at(current), _at(carry_0), _at(keep), _at(grad_spikes), _at(grad_carry))
         results = (_at(grad_current), _at(grad_carry_0), sums)
-        args = (*addresses, *results, number(v), number(leak), leak_reset, *layout.sizes)
+        args = (*addresses, *results, number(v), number(leak), leak_reset, number(GAMMA), *layout.sizes)
         _run(_backward, _backward_parallel, args, layout.blocks, layout.threads)
         grad_v, grad_leak = sums.sum(0).tolist()
         # As in the reference: dropped only where a descent step would lead further out of bounds.

@@ -40,6 +40,7 @@ def _forward(
     """current (STEPS / HOLD, neurons), carry_0 (neurons) or None, keep (STEPS / FRAME, rows) or None -> spikes (STEPS,
     neurons), carry (neurons) or None."""
     i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    neurons = tl.full([], 0, tl.int64) + neurons  # offsets of later steps pass 2^31
     inside = i < neurons
     v, leak, reset = _constants(raw_v, raw_leak, LEAK_RESET, MIN, TYPE)
     carry = tl.zeros([SIZE], TYPE)
@@ -70,6 +71,7 @@ def _backward(
     """Shapes are those of `_forward`; sums (2, programs) gets each program's dL/dv and dL/dleak. grad_carry of None is
     zero, grad_carry_0 of None is not wanted."""
     i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    neurons = tl.full([], 0, tl.int64) + neurons  # offsets of later steps pass 2^31
     inside = i < neurons
     v, leak, reset = _constants(raw_v, raw_leak, LEAK_RESET, MIN, TYPE)
     carry = tl.zeros([SIZE], TYPE)

@@ -29,7 +29,8 @@ class SpikesRecomputed:
     def add(self, spikes: Tensor) -> None:
         """Remember the spikes of a LIF layer; without effect where no backward pass can come."""
         source = spikes.grad_fn
-        if source is not None and hasattr(source, "spikes_again"):
+        # changed since, by a hook without gradients: what is computed again would be another tensor
+        if source is not None and hasattr(source, "spikes_again") and spikes._version == 0:
             storage = spikes.untyped_storage()
             self._sources[storage._cdata] = StorageWeakRef(storage), source
 
@@ -85,6 +86,11 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(grad.device.type, enabled=False):  # the forward pass has chosen the precision
+            return _Convolution._gradients(ctx, grad)
+
+    @staticmethod
+    def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         stride, padding, dilation = ctx.geometry
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         x, weight = ctx.saved_tensors

@@ -109,6 +109,31 @@ def test_resting_weights_are_played_event_by_event() -> None:
     assert watched.q_net._events._layout is None
 
 
+def test_acting_between_trainings_uses_the_weights_as_they_are() -> None:
+    """With the fused optimiser of the recipes, for so few environments that frames are run event by event."""
+    kwargs: dict[str, Any] = {"policy_kwargs": {"timesteps": 2, "net_arch": [16], "optimizer_kwargs": {"fused": True}}}
+    agent = SpikingDQN("MlpPolicy", "CartPole-v1", **kwargs, learning_starts=50, learning_rate=1e-2, seed=0)
+    agent.learn(400)
+    q_net = agent.q_net
+    q_net.set_training_mode(False)
+    observation = torch.tensor([[0.1, -0.2, 0.3, 0.05]])
+    for vector in (None, np.linspace(-1, 1, len(agent.policy.parameters_to_vector()), dtype=np.float32)):
+        if vector is not None:
+            agent.policy.load_from_vector(vector)
+        for _ in range(12):  # until weights have rested
+            played, _ = q_net.act(observation, None, None)
+            with torch.no_grad():
+                np.testing.assert_allclose(played, q_net(observation)[0].numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_observations_in_any_memory_order_are_taken() -> None:
+    agent = SpikingDQN("MlpPolicy", "CartPole-v1", seed=0)
+    observation = np.linspace(-1, 1, 8, dtype=np.float32).reshape(2, 4)
+    actions, _ = agent.predict(observation[:, ::-1])
+    expected, _ = agent.predict(observation[:, ::-1].copy())
+    np.testing.assert_array_equal(actions, expected)
+
+
 def test_one_bare_observation_gives_one_bare_action() -> None:
     agent = model()
     action, state = agent.predict(np.zeros(4, dtype=np.float32), deterministic=True)
