@@ -105,7 +105,12 @@ def count_spikes(network: SpikingNetwork) -> Iterator[SpikeCounter]:
 
 
 def activity(
-    network: SpikingNetwork, rates: dict[str, float], observation_shape: tuple[int, ...], *, persistent: bool = True
+    network: SpikingNetwork,
+    rates: dict[str, float],
+    observation_shape: tuple[int, ...],
+    *,
+    persistent: bool = True,
+    skip_zero_weights: bool = False,
 ) -> Activity:
     """Operations, energy ratio and memory accesses of one frame at the measured ``rates``.
 
@@ -115,6 +120,7 @@ def activity(
         observation_shape: of one observation, without the batch.
         persistent: membranes survive from frame to frame, and so are read and written at every micro-step; where they
             are cleared, the first step has none to read and the last none to write.
+        skip_zero_weights: the spiking network neither reads weights of 0 nor computes with them; the ANN does both.
 
     Memory accesses: a synapse reads each weight once per micro-step (the first synapse, and the ANN, once per frame).
 
@@ -127,10 +133,11 @@ def activity(
     steps = network.timesteps
     ann_ops = sum(s.ops for s in synapses)
     energy_ann = ann_ops * PJ_PER_MAC
-    dense = sum(s.ops for s in synapses if s.rate is None)
-    additions = sum(s.ops * s.rate for s in synapses if s.rate is not None)
+    kept = [s.density if skip_zero_weights else 1.0 for s in synapses]
+    dense = sum(s.ops * share for s, share in zip(synapses, kept, strict=True) if s.rate is None)
+    additions = sum(s.ops * share * s.rate for s, share in zip(synapses, kept, strict=True) if s.rate is not None)
     energy_snn = dense * PJ_PER_MAC + additions * PJ_PER_ADDITION
-    weights = sum(s.weights * (1 if s.rate is None else steps) for s in synapses)
+    weights = sum(s.weights * share * (1 if s.rate is None else steps) for s, share in zip(synapses, kept, strict=True))
     membranes = sum(neurons.values()) * 2 * (steps if persistent else steps - 1)
     return Activity(
         mean=sum(rates[name] * n for name, n in neurons.items()) / sum(neurons.values()),
@@ -148,6 +155,7 @@ def activity(
 class _Synapse:
     ops: int  # multiply-accumulates per dense pass of one observation
     weights: int
+    density: float  # share of the weights that are not 0
     rate: float | None  # of the spikes that enter it; None where its input is analogue
 
 
@@ -173,7 +181,9 @@ def _synapses(
             out: Any = super().run_node(n) if n.op != "output" else None
             if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
                 fan_in = module.weight[0].numel()
-                synapses.append(_Synapse(fan_in * math.prod(out.shape[1:]), module.weight.numel(), rate[n]))
+                weights = module.weight.numel()
+                density = int(module.weight.count_nonzero()) / weights
+                synapses.append(_Synapse(fan_in * math.prod(out.shape[1:]), weights, density, rate[n]))
             return out
 
     parameter = next(network.parameters())

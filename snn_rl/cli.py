@@ -4,81 +4,117 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tyro
 from stable_baselines3.common.vec_env import VecEnv
 
+from snn_rl import vision
+from snn_rl.memory import keep_freed_memory
 from snn_rl.pipeline import run
 from snn_rl.policy_file import LoadedPolicy
 from snn_rl.recipe import Recipe
+from snn_rl.vision import VISION_RECIPES, VisionRecipe
+
+R = TypeVar("R", Recipe, VisionRecipe)
 
 
 def exit_status(command: Callable[[], Any]) -> int:
-    """Run ``command``; ValueError and OSError become one line on stderr and status 2, Ctrl-C status 130."""
+    """Run ``command``; ValueError and OSError become a line on stderr and status 2, time that is up 3, Ctrl-C 130."""
     try:
         command()
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
+    except vision.OutOfTimeError as stop:
+        print(stop, file=sys.stderr)
+        return 3
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
 
-class _Unchecked(Recipe):
-    """A recipe as the command line says it, checked afterwards: tyro would frame the error over several lines."""
-
-    def __post_init__(self) -> None:
-        pass
-
-
-def _fields(recipe: Recipe) -> dict[str, Any]:
+def _fields(recipe: Any) -> dict[str, Any]:
     return {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
 
 
-def train(argv: Sequence[str] | None, recipes: Mapping[str, Recipe], default: str) -> int:
-    """The command line of ``scripts/train_*.py``: choose a recipe, override any of its fields, run it."""
-    parser = argparse.ArgumentParser(
-        description="Train an ANN-DQN, convert it, prune its timesteps. The same command resumes a killed run.",
-        allow_abbrev=False,
-        add_help=False,
-    )
-    parser.add_argument("--recipe", default=default, help=f"one of {', '.join(recipes)} (default: {default})")
+def _parser(ann: str, what: str) -> argparse.ArgumentParser:
+    """The options that every training has; ``ann`` is the kind of file that may take the ANN stage's place."""
+    description = f"Train {what}, convert it, prune its timesteps. The same command resumes a killed run."
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, add_help=False)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run-dir", type=Path, help="where the run is kept (default: runs/RECIPE/seed-N)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--smoke", action="store_true", help="go through every stage in seconds, learning nothing")
-    parser.add_argument("--ann", type=Path, metavar="ZIP", help="start from this SB3 DQN instead of training one")
+    parser.add_argument("--ann", type=Path, metavar="FILE", help=f"start from {ann} instead of training an ANN")
+    return parser
+
+
+def _chosen(
+    options: argparse.Namespace,
+    overrides: Sequence[str],
+    recipes: Mapping[str, R],
+    parser: argparse.ArgumentParser,
+    fixed: Sequence[str],
+) -> R:
+    """The recipe that the command line names, with the fields that it overrides: any but the ``fixed`` ones."""
+    if options.recipe not in recipes:
+        raise ValueError(f"unknown recipe {options.recipe!r}; there are {', '.join(recipes)}")
+    recipe = recipes[options.recipe].smoke() if options.smoke else recipes[options.recipe]
+    if {"-h", "--help"} & set(overrides):
+        parser.print_help()
+        print(f"\nand every field of the recipe, here {options.recipe}:\n")
+    kind = type(recipe)
+    # As the command line says it, checked afterwards: tyro would frame the error over several lines.
+    unchecked = type(kind.__name__, (kind,), {"__doc__": kind.__doc__, "__post_init__": lambda self: None})
+    parsed = tyro.cli(unchecked, args=list(overrides), default=unchecked(**_fields(recipe)), prog=parser.prog)
+    changed = kind(**_fields(parsed))
+    if any(getattr(changed, name) != getattr(recipe, name) for name in fixed):
+        raise ValueError(f"{' and '.join(fixed)} say which recipe this is; choose another with --recipe")
+    return changed
+
+
+def _run_dir(options: argparse.Namespace) -> Path:
+    folder = options.recipe + ("-smoke" if options.smoke else "")
+    return options.run_dir or Path("runs", folder, f"seed-{options.seed}")
+
+
+def train(argv: Sequence[str] | None, recipes: Mapping[str, Recipe], default: str) -> int:
+    """The command line of an agent's ``scripts/train_*.py``: choose a recipe, override any of its fields, run it."""
+    parser = _parser("this SB3 DQN's zip", "an ANN-DQN")
+    parser.add_argument("--recipe", default=default, help=f"one of {', '.join(recipes)} (default: {default})")
     options, overrides = parser.parse_known_args(argv)
 
     def command() -> None:
-        if options.recipe not in recipes:
-            raise ValueError(f"unknown recipe {options.recipe!r}; there are {', '.join(recipes)}")
-        chosen = recipes[options.recipe]
-        if options.smoke:
-            chosen = chosen.smoke()
-        if {"-h", "--help"} & set(overrides):
-            parser.print_help()
-            print(f"\nand every field of the recipe, here {options.recipe}:\n")
-        parsed = tyro.cli(_Unchecked, args=overrides, default=_Unchecked(**_fields(chosen)), prog=parser.prog)
-        recipe = Recipe(**_fields(parsed))
-        if (recipe.name, recipe.env_id) != (chosen.name, chosen.env_id):
-            raise ValueError("name and env_id say which recipe this is; choose another with --recipe")
-        folder = options.recipe + ("-smoke" if options.smoke else "")
-        results = run(
-            recipe,
-            options.run_dir or Path("runs", folder, f"seed-{options.seed}"),
-            options.seed,
-            device=options.device,
-            ann=options.ann,
-            progress_bar=sys.stderr.isatty(),
-        )
-        print_results(results)
+        keep_freed_memory()
+        recipe = _chosen(options, overrides, recipes, parser, fixed=("name", "env_id"))
+        progress_bar = sys.stderr.isatty()
+        kwargs: dict[str, Any] = {"device": options.device, "ann": options.ann, "progress_bar": progress_bar}
+        print_results(run(recipe, _run_dir(options), options.seed, **kwargs))
+
+    return exit_status(command)
+
+
+def train_classifier(argv: Sequence[str] | None) -> int:
+    """The command line of ``scripts/train_vision.py``."""
+    parser = _parser("the model.safetensors of another run's ANN", "a classifier")
+    parser.add_argument("recipe", nargs="?", default="", metavar="RECIPE", help=f"one of {', '.join(VISION_RECIPES)}")
+    parser.add_argument("--minutes", type=float, help="stop after the epoch in which they have passed (status 3)")
+    options, overrides = parser.parse_known_args(argv)
+
+    def command() -> None:
+        keep_freed_memory()
+        recipe = _chosen(options, overrides, VISION_RECIPES, parser, fixed=("name",))
+        progress_bar = sys.stderr.isatty()
+        kwargs: dict[str, Any] = {"device": options.device, "ann": options.ann, "progress_bar": progress_bar}
+        results = vision.run(recipe, _run_dir(options), options.seed, **kwargs, minutes=options.minutes)
+        if int(os.environ.get("RANK", "0")) == 0:
+            print_results(results)
 
     return exit_status(command)
 
@@ -101,12 +137,21 @@ def environment_of(
 def print_results(results: Mapping[str, Any]) -> None:
     """The table of a run's stages on stdout."""
     print(f"{results['recipe']}, seed {results['seed']}, {results['hardware']}")
-    print(f"{'stage':>5} {'return':>17} {'episodes':>8} {'spike rate':>10} {'energy':>7} {'steps':>9} {'minutes':>8}")
-    for stage in results["stages"]:
-        rate = "-" if stage["spike_rate"] is None else f"{stage['spike_rate']['mean']:.3f}"
-        energy = "-" if stage["energy"] is None else f"{stage['energy']['ann_over_snn']:.2f}x"
-        score = f"{stage['eval']['mean']:.1f} +- {stage['eval']['std']:.1f}"
-        print(
-            f"{stage['stage']:>5} {score:>17} {stage['eval']['episodes']:>8} {rate:>10} {energy:>7} "
-            f"{stage['env_steps']:>9} {stage['wall_seconds'] / 60:>8.1f}"
-        )
+    names = ("stage", "result", "over", "spike rate", "energy", "trained", "minutes")
+    rows = [names, *((s["stage"], *_result(s), *_cost(s)) for s in results["stages"])]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(names))]
+    for row in rows:
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+
+
+def _result(stage: Mapping[str, Any]) -> tuple[str, str]:
+    if "accuracy" in stage:
+        return f"{100 * stage['accuracy']['top1']:.2f} %", f"{stage['accuracy']['images']} images"
+    return f"{stage['eval']['mean']:.1f} +- {stage['eval']['std']:.1f}", f"{stage['eval']['episodes']} episodes"
+
+
+def _cost(stage: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    rate = "-" if stage["spike_rate"] is None else f"{stage['spike_rate']['mean']:.3f}"
+    energy = "-" if stage["energy"] is None else f"{stage['energy']['ann_over_snn']:.2f}x"
+    trained = f"{stage['epochs']} epochs" if "accuracy" in stage else f"{stage['env_steps']} steps"
+    return rate, energy, trained, f"{stage['wall_seconds'] / 60:.1f}"

@@ -26,7 +26,18 @@ from snn_rl.evaluation import evaluate, spiking_network
 from snn_rl.files import atomic, read_json, write_json
 from snn_rl.policy_file import load_policy, save_policy
 from snn_rl.recipe import SEEDS_PER_RUN, TEST_SEEDS, VALIDATION_SEEDS, AnnConfig, Recipe, SnnConfig
-from snn_rl.stages import BEST, Stage, chain, check_device, claim, hardware, remove_leftovers, run_stages, versions
+from snn_rl.stages import (
+    BEST,
+    Stage,
+    chain,
+    check_device,
+    claim,
+    hardware,
+    measurements,
+    remove_leftovers,
+    run_stages,
+    versions,
+)
 
 PROTOCOL = "greedy, one episode per seed, seeds unseen in training and selection"
 CURVE_POINTS = 400
@@ -407,7 +418,6 @@ def _export(this: Run, stage: Stage, model: DQN, history: History) -> None:
     env.close()
     network = spiking_network(model)
     lifs = {} if network is None else network.lif_layers
-    measured = evaluation.activity
     write_json(
         folder / "metrics.json",
         {
@@ -420,15 +430,7 @@ def _export(this: Run, stage: Stage, model: DQN, history: History) -> None:
             "eval": evaluation.as_dict(PROTOCOL),
             "validation": history.validation,
             "curve": history.curve,
-            "spike_rate": None if measured is None else {"mean": measured.mean, "layers": measured.layers},
-            "energy": None
-            if measured is None
-            else {
-                "ann_over_snn": measured.ann_over_snn,
-                "ann_ops": measured.ann_ops,
-                "snn_ops": measured.snn_ops,
-                "memory_accesses": vars(measured.memory_accesses),
-            },
+            **measurements(evaluation.activity),
             "threshold": {name: lif.threshold.item() for name, lif in lifs.items()},
             "leak": {name: lif.leak.item() for name, lif in lifs.items()},
             "versions": versions(),

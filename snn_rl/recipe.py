@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -111,19 +111,8 @@ class Recipe:
     cpu_threads: int | None = None  # of torch; None leaves it to torch. Small layers are faster on one.
 
     def __post_init__(self) -> None:
-        steps = self.schedule
-        if not steps or any(t < 1 for t in steps) or any(b >= a for a, b in itertools.pairwise(steps)):
-            raise ValueError(f"schedule must be decreasing timesteps >= 1, such as 5 4 3 2 1, got {steps}")
-        for config, prefix in ((self, ""), (self.ann, "ann."), (self.snn, "snn.")):
-            for name in (f.name for f in dataclasses.fields(config)):
-                value = getattr(config, name)
-                least = 0 if name in MAY_BE_ZERO else 1
-                if isinstance(value, int) and not isinstance(value, bool) and value < least:
-                    raise ValueError(f"{prefix}{name} must be >= {least}, got {value}")
-                if isinstance(value, float) and name != "target_return" and not value >= 0:
-                    raise ValueError(f"{prefix}{name} must be >= 0, got {value}")
-                if isinstance(value, float) and name in FRACTIONS and value > 1:
-                    raise ValueError(f"{prefix}{name} must lie in [0, 1], got {value}")
+        check_schedule(self.schedule)
+        check_numbers(self, fractions=FRACTIONS, may_be_zero=MAY_BE_ZERO, may_be_negative={"target_return"})
         for kwargs, prefix in ((self.env_kwargs, "env_kwargs"), (self.ann_env_kwargs, "ann_env_kwargs")):
             if int(kwargs.get("frame_stack", 1)) < 1:
                 raise ValueError(f"{prefix}.frame_stack must be >= 1, got {kwargs['frame_stack']}")
@@ -196,6 +185,35 @@ class Recipe:
         config = dataclasses.asdict(dataclasses.replace(self, make_env=_no_env))
         del config["make_env"]
         return config
+
+
+def check_schedule(schedule: Sequence[int]) -> None:
+    """Raises ValueError where ``schedule`` is no decreasing sequence of timesteps."""
+    if not schedule or any(t < 1 for t in schedule) or any(b >= a for a, b in itertools.pairwise(schedule)):
+        raise ValueError(f"schedule must be decreasing timesteps >= 1, such as 5 4 3 2 1, got {schedule}")
+
+
+def check_numbers(
+    config: Any,
+    *,
+    fractions: Set[str],
+    may_be_zero: Set[str] = frozenset(),
+    may_be_negative: Set[str] = frozenset(),
+    prefix: str = "",
+) -> None:
+    """Raises ValueError where a number in a dataclass, or in one inside it, is out of range: integers must be >= 1."""
+    names = {"fractions": fractions, "may_be_zero": may_be_zero, "may_be_negative": may_be_negative}
+    for name in (f.name for f in dataclasses.fields(config)):
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(value):
+            check_numbers(value, **names, prefix=f"{prefix}{name}.")
+        least = 0 if name in may_be_zero else 1
+        if isinstance(value, int) and not isinstance(value, bool) and value < least:
+            raise ValueError(f"{prefix}{name} must be >= {least}, got {value}")
+        if isinstance(value, float) and name not in may_be_negative and not value >= 0:
+            raise ValueError(f"{prefix}{name} must be >= 0, got {value}")
+        if isinstance(value, float) and name in fractions and value > 1:
+            raise ValueError(f"{prefix}{name} must lie in [0, 1], got {value}")
 
 
 FRACTIONS = {"leak", "gamma", "exploration_eps"}

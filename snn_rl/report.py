@@ -17,7 +17,9 @@ from snn_rl.files import atomic, read_json
 
 # Okabe and Ito's palette, distinguishable without colour vision
 COLOURS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442")
-STAGE_KEYS = {"stage", "timesteps", "eval", "spike_rate", "energy", "threshold", "leak", "curve", "env_steps"}
+STAGE_KEYS = {"stage", "timesteps", "spike_rate", "energy", "threshold", "leak", "curve"}
+AGENT_KEYS = STAGE_KEYS | {"eval", "env_steps"}
+CLASSIFIER_KEYS = STAGE_KEYS | {"accuracy", "epochs"}
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "table{border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums}"
@@ -45,7 +47,8 @@ def load_results(run_dir: str | Path) -> dict[str, Any]:
     if missing:
         raise ValueError(f"{path} lacks {sorted(missing)}; train again or restore it")
     for index, stage in enumerate(results["stages"]):
-        missing = STAGE_KEYS - stage.keys() if isinstance(stage, dict) else STAGE_KEYS
+        keys = CLASSIFIER_KEYS if _is_classifier(stage) else AGENT_KEYS
+        missing = keys - stage.keys() if isinstance(stage, dict) else keys
         if missing:
             raise ValueError(f"{path}: stage {index} lacks {sorted(missing)}; train again or restore it")
         if problem := _problem(stage):
@@ -55,25 +58,35 @@ def load_results(run_dir: str | Path) -> dict[str, Any]:
     return results
 
 
+def _is_classifier(stage: Any) -> bool:
+    return isinstance(stage, dict) and "accuracy" in stage
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _problem(stage: Stage) -> str | None:
     """What in a stage the page could not show, or None."""
-
-    def is_number(value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-
-    evaluation, curve, spiking = stage["eval"], stage["curve"], stage["timesteps"] is not None
-    if not isinstance(evaluation, dict) or not all(is_number(evaluation.get(k)) for k in ("mean", "std", "episodes")):
-        return "eval must hold the numbers mean, std and episodes"
-    if not isinstance(evaluation.get("returns"), list) or not all(map(is_number, evaluation["returns"])):
-        return "eval.returns must be a list of numbers"
-    steps, returns = (curve.get(k) if isinstance(curve, dict) else None for k in ("env_steps", "returns"))
-    if not isinstance(steps, list) or not isinstance(returns, list) or len(steps) != len(returns):
-        return "curve must hold the lists env_steps and returns, of one length"
-    if not is_number(stage["env_steps"]):
-        return f"env_steps must be a number, got {stage['env_steps']!r}"
+    result, curve, spiking = stage["eval" if "eval" in stage else "accuracy"], stage["curve"], _is_spiking(stage)
+    if _is_classifier(stage):
+        x, y, trained = "epochs", "accuracy", "epochs"
+        if not isinstance(result, dict) or not all(_is_number(result.get(k)) for k in ("top1", "top5", "images")):
+            return "accuracy must hold the numbers top1, top5 and images"
+    else:
+        x, y, trained = "env_steps", "returns", "env_steps"
+        if not isinstance(result, dict) or not all(_is_number(result.get(k)) for k in ("mean", "std", "episodes")):
+            return "eval must hold the numbers mean, std and episodes"
+        if not isinstance(result.get("returns"), list) or not all(map(_is_number, result["returns"])):
+            return "eval.returns must be a list of numbers"
+    at, values = (curve.get(k) if isinstance(curve, dict) else None for k in (x, y))
+    if not isinstance(at, list) or not isinstance(values, list) or len(at) != len(values):
+        return f"curve must hold the lists {x} and {y}, of one length"
+    if not _is_number(stage[trained]):
+        return f"{trained} must be a number, got {stage[trained]!r}"
     rate = stage["spike_rate"]
     if spiking and not (
-        isinstance(rate, dict) and is_number(rate.get("mean")) and isinstance(rate.get("layers"), dict)
+        isinstance(rate, dict) and _is_number(rate.get("mean")) and isinstance(rate.get("layers"), dict)
     ):
         return "spike_rate must hold mean and layers"
     for key in ("threshold", "leak"):
@@ -90,7 +103,8 @@ def write_report(run_dir: str | Path) -> Path:
     """
     run_dir = Path(run_dir)
     results = load_results(run_dir)
-    figures = {name: (caption, _png(draw, results)) for name, (caption, draw) in FIGURES.items()}
+    of_kind = CLASSIFIER_FIGURES if _is_classifier(results["stages"][0]) else AGENT_FIGURES
+    figures = {name: (caption, _png(draw, results)) for name, (caption, draw) in {**of_kind, **FIGURES}.items()}
     for name, (_, png) in figures.items():
         with atomic(run_dir / "figures" / f"{name}.png") as temporary:
             temporary.write_bytes(png)
@@ -102,8 +116,12 @@ def write_report(run_dir: str | Path) -> Path:
 # --- figures ------------------------------------------------------------------------------------------------------
 
 
+def _is_spiking(stage: Stage) -> bool:
+    return stage["timesteps"] is not None
+
+
 def _spiking(results: Results) -> list[Stage]:
-    return [stage for stage in results["stages"] if stage["timesteps"] is not None]
+    return list(filter(_is_spiking, results["stages"]))
 
 
 def _colour(index: int) -> str:
@@ -148,6 +166,37 @@ def return_per_timesteps(axes: Axes, results: Results) -> None:
     axes.legend()
 
 
+def accuracy_curves(axes: Axes, results: Results) -> None:
+    """Accuracy of every stage over its own epochs: in training as a line, on validation images as points."""
+    for index, stage in enumerate(results["stages"]):
+        curve, label = stage["curve"], stage["stage"]
+        if curve["epochs"]:
+            axes.plot(curve["epochs"], [100 * a for a in curve["accuracy"]], label=label, color=_colour(index))
+            epochs, accuracies = zip(*stage["validation"], strict=True)
+            axes.plot(epochs, [100 * a for a in accuracies], "o:", color=_colour(index), markersize=3, linewidth=1)
+    axes.set(xlabel="epochs of the stage", ylabel="accuracy, %: training (line), validation (points)")
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend()
+
+
+def accuracy_per_timesteps(axes: Axes, results: Results) -> None:
+    """Test accuracy over T, and the ANN's as a line."""
+    for stage in results["stages"]:
+        if not _is_spiking(stage):
+            axes.axhline(100 * stage["accuracy"]["top1"], color=COLOURS[0], linestyle="--", label="ANN")
+    stages = _spiking(results)
+    axes.plot(
+        [stage["timesteps"] for stage in stages],
+        [100 * stage["accuracy"]["top1"] for stage in stages],
+        "o-",
+        color=COLOURS[1],
+        label="SNN",
+    )
+    axes.set(xlabel="timesteps T", ylabel="test accuracy, %")
+    axes.set_xticks(sorted({stage["timesteps"] for stage in stages}))
+    axes.legend()
+
+
 def layer_spike_rates(axes: Axes, results: Results) -> None:
     """Spike rate of each layer, one line per T: the paper's figure 3c."""
     for index, stage in enumerate(_spiking(results), start=1):
@@ -172,7 +221,8 @@ def _per_stage(key: str, label: str) -> Callable[[Axes, Results], None]:
     return draw
 
 
-FIGURES: dict[str, tuple[str, Callable[[Axes, Results], None]]] = {
+Figures = dict[str, tuple[str, Callable[[Axes, Results], None]]]
+AGENT_FIGURES: Figures = {
     "reward-curves": (
         "Training return of the stages, over the last episodes; a stage in which none ended has no line.",
         reward_curves,
@@ -181,6 +231,12 @@ FIGURES: dict[str, tuple[str, Callable[[Axes, Results], None]]] = {
         "Return of the evaluation per T; error bars are standard deviations over episodes.",
         return_per_timesteps,
     ),
+}
+CLASSIFIER_FIGURES: Figures = {
+    "accuracy-curves": ("Training and validation accuracy of the stages.", accuracy_curves),
+    "accuracy-per-T": ("Test accuracy per T.", accuracy_per_timesteps),
+}
+FIGURES: Figures = {
     "spike-rates": ("Spike rate of each layer, summed over the T micro-steps of a frame.", layer_spike_rates),
     "thresholds": ("Threshold of each layer at the end of a stage.", _per_stage("threshold", "threshold")),
     "leaks": ("Leak of each layer at the end of a stage.", _per_stage("leak", "leak per micro-step")),
@@ -193,7 +249,7 @@ def _png(draw: Callable[[Axes, Results], None], results: Results) -> bytes:
     axes = figure.add_subplot()
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    if not _spiking(results) and draw not in (reward_curves, return_per_timesteps):
+    if not _spiking(results) and draw in [drawn for _, drawn in FIGURES.values()]:
         axes.text(0.5, 0.5, "no spiking stage yet", ha="center", transform=axes.transAxes)
     else:
         draw(axes, results)
@@ -207,7 +263,12 @@ def _png(draw: Callable[[Axes, Results], None], results: Results) -> bytes:
 
 def _html(results: Results, figures: Mapping[str, tuple[str, bytes]]) -> str:
     title = html.escape(f"{results['recipe']}, seed {results['seed']}")
-    protocol = html.escape(str(results["stages"][-1]["eval"].get("protocol", "")))
+    stages = results["stages"]
+    if _is_classifier(stages[0]):
+        columns, protocol, returns = CLASSIFIER_COLUMNS, "test images, unseen in training and selection", ""
+    else:
+        columns, protocol = AGENT_COLUMNS, html.escape(str(stages[-1]["eval"].get("protocol", "")))
+        returns = f"<h2>All returns</h2>{_table(RETURN_COLUMNS, stages)}"
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     pictures = "".join(
         f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
@@ -217,9 +278,9 @@ def _html(results: Results, figures: Mapping[str, tuple[str, bytes]]) -> str:
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
         f"<h1>{title}</h1><p>{html.escape(str(results['env_id']))}. {protocol}.</p>"
-        f"{_table(STAGE_COLUMNS, results['stages'])}"
+        f"{_table([*columns, *STAGE_COLUMNS], stages)}"
         f"<h2>Energy and memory accesses per frame</h2>{_table(ENERGY_COLUMNS, _spiking(results))}{pictures}"
-        f"<h2>All returns</h2>{_table(RETURN_COLUMNS, results['stages'])}"
+        f"{returns}"
         f'<p class="small">{html.escape(str(results["hardware"]))}; {html.escape(versions)}</p></html>\n'
     )
 
@@ -236,11 +297,20 @@ def _energy(stage: Stage, *keys: str) -> Any:
 
 
 Column = tuple[str, Callable[[Stage], str]]
-STAGE_COLUMNS: Sequence[Column] = (
+AGENT_COLUMNS: Sequence[Column] = (
     ("stage", lambda s: str(s["stage"])),
     ("return", lambda s: f"{s['eval']['mean']:.2f} ± {s['eval']['std']:.2f}"),
     ("episodes", lambda s: str(s["eval"]["episodes"])),
     ("env steps", lambda s: f"{s['env_steps']:,}"),
+)
+CLASSIFIER_COLUMNS: Sequence[Column] = (
+    ("stage", lambda s: str(s["stage"])),
+    ("top 1, %", lambda s: f"{100 * s['accuracy']['top1']:.2f}"),
+    ("top 5, %", lambda s: f"{100 * s['accuracy']['top5']:.2f}"),
+    ("images", lambda s: f"{s['accuracy']['images']:,}"),
+    ("epochs", lambda s: str(s["epochs"])),
+)
+STAGE_COLUMNS: Sequence[Column] = (
     ("updates", lambda s: _number(s.get("updates"), ",")),
     ("minutes", lambda s: _number(None if s.get("wall_seconds") is None else s["wall_seconds"] / 60, ".1f")),
     ("spike rate", lambda s: "-" if s["spike_rate"] is None else f"{s['spike_rate']['mean']:.3f}"),

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
+from snn_rl.activity import Activity
 from snn_rl.files import TEMPORARY, read_json, write_json
 
-BEST = "best.zip"  # a stage's best checkpoint on validation data so far
+BEST = "best.zip"  # an agent's best checkpoint on validation episodes so far
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def _collect(directory: Path, stages: Sequence[Stage], head: dict[str, Any]) -> 
 
 def remove_leftovers(folder: Path) -> None:
     """What a stage needs on its way only, and what a kill left half-written."""
-    for pattern in (BEST, "checkpoint.*", f"{TEMPORARY}*"):
+    for pattern in ("best.*", "checkpoint.*", f"{TEMPORARY}*"):
         for leftover in folder.glob(pattern):
             leftover.unlink()
 
@@ -130,6 +131,21 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     for key, inner in value.items():
         out |= _flat(inner, f"{prefix}.{key}" if prefix else key)
     return out
+
+
+def measurements(measured: Activity | None) -> dict[str, Any]:
+    """What ``metrics.json`` keeps of the activity of a spiking stage; None is an ANN."""
+    if measured is None:
+        return {"spike_rate": None, "energy": None}
+    return {
+        "spike_rate": {"mean": measured.mean, "layers": measured.layers},
+        "energy": {
+            "ann_over_snn": measured.ann_over_snn,
+            "ann_ops": measured.ann_ops,
+            "snn_ops": measured.snn_ops,
+            "memory_accesses": vars(measured.memory_accesses),
+        },
+    }
 
 
 def versions() -> dict[str, str]:

@@ -12,7 +12,7 @@ import pytest
 
 import snn_rl.report as report
 from scripts.report import main
-from snn_rl.report import FIGURES, load_results, write_report
+from snn_rl.report import AGENT_FIGURES, CLASSIFIER_FIGURES, FIGURES, load_results, write_report
 
 
 def stage(timesteps: int | None, mean: float) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def test_the_tables_hold_the_numbers_of_the_results(tmp_path: Path) -> None:
 def test_the_page_is_self_contained_and_runs_nothing(tmp_path: Path) -> None:
     page = Cells(write_report(write(tmp_path, RESULTS)).read_text())
     images = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
-    assert len(images) == len(FIGURES)
+    assert len(images) == len(AGENT_FIGURES | FIGURES)
     assert all(src is not None and src.startswith("data:image/png;base64,") for src in images)
     assert not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
 
@@ -98,7 +98,7 @@ def test_the_page_is_self_contained_and_runs_nothing(tmp_path: Path) -> None:
 def test_every_figure_is_a_png(tmp_path: Path) -> None:
     write_report(write(tmp_path, RESULTS))
     files = sorted(p.stem for p in (tmp_path / "figures").iterdir())
-    assert files == sorted(FIGURES)
+    assert files == sorted(AGENT_FIGURES | FIGURES)
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in (tmp_path / "figures").iterdir())
 
 
@@ -190,3 +190,34 @@ def test_a_failure_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(OSError, match="No space left"):
         write_report(tmp_path)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def classified(timesteps: int | None, top1: float) -> dict[str, Any]:
+    of_agent = stage(timesteps, 0.0)
+    del of_agent["eval"]
+    curve = {"epochs": [1, 2], "loss": [2.0, 1.0], "accuracy": [0.5, 0.75]}
+    accuracy = {"top1": top1, "top5": 1.0, "images": 10_000}
+    return {**of_agent, "env_steps": None, "epochs": 2, "accuracy": accuracy, "curve": curve,
+            "validation": [[1, 0.5], [2, 0.625]]}  # fmt: skip
+
+
+def test_a_classifiers_report_shows_accuracies(tmp_path: Path) -> None:
+    results = {**RESULTS, "stages": [classified(None, 0.9321), classified(5, 0.9217), classified(1, 0.9055)]}
+    page = write_report(write(tmp_path, results)).read_text()
+    for cell in ("93.21", "92.17", "90.55", "10,000"):
+        assert f"<td>{cell}</td>" in page
+    assert "All returns" not in page
+    assert sorted(p.stem for p in (tmp_path / "figures").iterdir()) == sorted(CLASSIFIER_FIGURES | FIGURES)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"accuracy": {"top1": "high", "top5": 1.0, "images": 3}}, "accuracy must hold the numbers"),
+        ({"curve": {"epochs": [1], "accuracy": []}}, "curve must hold the lists epochs and accuracy"),
+        ({"epochs": None}, "epochs must be a number, got None"),
+    ],
+)
+def test_a_classifiers_broken_results_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_results(write(tmp_path, {**RESULTS, "stages": [{**classified(None, 0.9), **change}]}))

@@ -1,0 +1,23 @@
+"""Train classifiers: ANN, conversion, temporal pruning. ``RECIPE --help`` lists every field of the recipe.
+
+Under torchrun, on several GPUs or machines that share the run's folder:
+torchrun --nproc-per-node 8 scripts/train_vision.py vgg16-imagenet
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository's package, whatever else is installed
+
+from snn_rl.cli import train_classifier
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return train_classifier(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

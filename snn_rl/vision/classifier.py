@@ -1,0 +1,122 @@
+"""A classifier to share and run: weights, and as JSON all that is needed to rebuild its network. No code is loaded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from snn_rl.convert import spiking_architecture
+from snn_rl.files import atomic
+from snn_rl.network import SpikingNetwork
+from snn_rl.vision.models import build
+
+FORMAT = "snn_rl-classifier-1"
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A network and what it takes: images are scaled to [0, 1], then normalised by ``mean`` and ``std`` per channel.
+
+    ``architecture`` holds the arguments of `snn_rl.vision.build`; ``provenance`` says where the weights come from.
+    """
+
+    network: nn.Module
+    architecture: dict[str, Any]
+    classes: tuple[str, ...]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    provenance: dict[str, Any]
+
+    @property
+    def timesteps(self) -> int | None:
+        """T, or None for an ANN."""
+        return self.network.timesteps if isinstance(self.network, SpikingNetwork) else None
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Images (batch, 3, height, width) uint8 -> what the network takes, on the images' device."""
+        shape = (1, 3, 1, 1)
+        mean = torch.tensor(self.mean, device=images.device).view(shape)
+        std = torch.tensor(self.std, device=images.device).view(shape)
+        return ((images.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Images (batch, 3, height, width) uint8 -> logits (batch, classes); membranes start from silence."""
+        return call(self.network, self.prepare(images))
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> Tensor:
+        """Images (batch, 3, height, width) uint8 -> the index of the most likely class of each, (batch,)."""
+        return self.logits(images).argmax(1)
+
+
+def call(network: nn.Module, x: Tensor) -> Tensor:
+    """The output of an ANN, or of a spiking network for one frame from silence, ``DistributedDataParallel`` or not."""
+    inner = getattr(network, "module", network)
+    return network(x, with_state=False)[0] if isinstance(inner, SpikingNetwork) else network(x)
+
+
+def save_classifier(classifier: Classifier, path: Path) -> None:
+    """Write ``classifier`` to ``path``, atomically."""
+    network = classifier.network
+    spiking = None
+    if isinstance(network, SpikingNetwork):
+        lif = next(iter(network.lif_layers.values()))
+        spiking = {"timesteps": network.timesteps, "leak_reset": lif.leak_reset}
+    metadata = {
+        "architecture": classifier.architecture,
+        "classes": list(classifier.classes),
+        "mean": list(classifier.mean),
+        "std": list(classifier.std),
+        "spiking": spiking,
+        "provenance": classifier.provenance,
+    }
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    with atomic(path) as temporary:
+        save_file(weights, temporary, metadata={FORMAT: json.dumps(metadata)})
+
+
+def load_classifier(path: str | Path, device: str = "cpu") -> Classifier:
+    """Load a classifier, in evaluation mode; runs no code from the file.
+
+    Raises:
+        ValueError: a missing, truncated or foreign file, or weights that do not fit its description.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no classifier at {path}; a training writes STAGE/model.safetensors")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            header = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file ({error}); copy it again") from error
+    if FORMAT not in header:
+        raise ValueError(f"{path} is a safetensors file, but not a classifier of this package (it lacks {FORMAT!r})")
+    try:
+        metadata = json.loads(header[FORMAT])
+        classes = tuple(map(str, metadata["classes"]))
+        network: nn.Module = build(classes=len(classes), **metadata["architecture"]).eval()
+        if metadata["spiking"] is not None:
+            network = spiking_architecture(network, **metadata["spiking"])
+        mean, std = (tuple(map(float, metadata[key])) for key in ("mean", "std"))
+        if len(mean) != 3 or len(std) != 3 or not all(s > 0 for s in std):
+            raise ValueError(f"mean and std must be three numbers each, std > 0, got {mean} and {std}")
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(
+            f"{path} describes no classifier that can be built: {type(error).__name__}: {error}"
+        ) from error
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path}: its weights do not fit its description: {' '.join(str(error).split())[:200]}"
+        ) from error
+    network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Classifier(network, metadata["architecture"], classes, mean, std, metadata["provenance"])

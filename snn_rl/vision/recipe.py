@@ -1,0 +1,179 @@
+"""Recipes of classifiers: all that a training depends on, as frozen dataclasses. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from snn_rl.recipe import check_numbers, check_schedule
+
+AUGMENTATIONS = ("none", "crop-flip", "resized-crop-flip")
+OPTIMIZERS = ("sgd", "adam")
+SMOKE_IMAGES = 64  # of each split
+
+
+@dataclass(frozen=True)
+class AnnTraining:
+    """The ANN stage. The learning rate falls to 0 along half a cosine."""
+
+    epochs: int = 100
+    optimizer: str = "sgd"  # with Nesterov momentum 0.9, or adam
+    learning_rate: float = 0.1
+    weight_decay: float = 5e-4  # of weights alone: not of biases and batch-norm
+    label_smoothing: float = 0.1
+
+
+@dataclass(frozen=True)
+class SnnTraining:
+    """A spiking stage: conversion of the ANN, or pruning of timesteps, then surrogate gradients through time."""
+
+    percentile: float = 90.0
+    leak: float = 1.0
+    leak_reset: bool = False
+    epochs: int = 20
+    optimizer: str = "adam"
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.0
+    label_smoothing: float = 0.1
+    patience: int | None = None  # epochs without a better validation accuracy that end a stage early
+
+
+@dataclass(frozen=True)
+class VisionRecipe:
+    """One classifier: data, network, hyperparameters, stages.
+
+    ``dataset`` is cifar10, cifar100 or imagenet-1k, or a folder (`snn_rl.vision.load_images`). ``validation_images``
+    are held out of its training images: thresholds are calibrated on ``calibration_images`` of them, checkpoints are
+    chosen and stages ended early on all of them. ``width`` multiplies the model's channels. ``total_snn_epochs``
+    divides a budget of epochs equally among the spiking stages; None gives each ``snn.epochs``. ``sparsity`` adds a
+    last stage that prunes this fraction of each layer's weights by magnitude and trains the rest. ``cpu_threads`` is
+    torch's; None leaves it to torch.
+
+    Raises:
+        ValueError: a schedule that does not decrease, or a value out of range.
+    """
+
+    name: str
+    dataset: str
+    model: str
+    image_size: int = 32
+    convert: bool = False  # images that are not RGB into RGB; else they are refused
+    width: float = 1.0
+    batch_norm: bool = True
+    dropout: float = 0.0
+    augmentation: str = "crop-flip"
+    validation_images: int = 5_000
+    calibration_images: int = 1_000
+    batch_size: int = 128  # of all processes together
+    ann: AnnTraining = field(default_factory=AnnTraining)
+    snn: SnnTraining = field(default_factory=SnnTraining)
+    schedule: tuple[int, ...] = (5, 4, 3, 2, 1)
+    total_snn_epochs: int | None = None
+    sparsity: float = 0.0
+    max_images: int | None = None  # of each split, for trials; None takes all
+    cpu_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        check_schedule(self.schedule)
+        check_numbers(self, fractions={"sparsity", "dropout", "leak", "label_smoothing"})
+        if not self.width > 0:
+            raise ValueError(f"width must be > 0, got {self.width}")
+        if self.sparsity == 1:
+            raise ValueError("sparsity must be < 1: no weight would be left")
+        if not 0 < self.snn.percentile <= 100:
+            raise ValueError(f"snn.percentile must lie in (0, 100], got {self.snn.percentile}")
+        for value, known, name in (
+            (self.augmentation, AUGMENTATIONS, "augmentation"),
+            (self.ann.optimizer, OPTIMIZERS, "ann.optimizer"),
+            (self.snn.optimizer, OPTIMIZERS, "snn.optimizer"),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        if self.calibration_images > self.validation_images:
+            raise ValueError(
+                f"calibration_images must be <= validation_images ({self.validation_images}), of which they are, "
+                f"got {self.calibration_images}"
+            )
+
+    @property
+    def env_id(self) -> str:
+        """What results.json names as the place of the run: the data."""
+        return self.dataset
+
+    @property
+    def snn_epochs(self) -> int:
+        """Epochs of one spiking stage, at most."""
+        if self.total_snn_epochs is None:
+            return self.snn.epochs
+        return max(1, self.total_snn_epochs // len(self.schedule))
+
+    def smoke(self) -> VisionRecipe:
+        """The same stages with budgets of seconds: every line runs, nothing is learnt."""
+        replace = dataclasses.replace
+        return replace(
+            self,
+            width=self.width / 16,
+            max_images=SMOKE_IMAGES,
+            validation_images=20,
+            calibration_images=20,
+            batch_size=16,
+            ann=replace(self.ann, epochs=1),
+            snn=replace(self.snn, epochs=1),
+            total_snn_epochs=None,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every field, as JSON holds it."""
+        return dataclasses.asdict(self)
+
+
+_VGG6 = VisionRecipe(name="vgg6-cifar10", dataset="cifar10", model="vgg6", dropout=0.2)
+_VGG16 = dataclasses.replace(_VGG6, name="vgg16-cifar10", model="vgg16", dropout=0.3)
+_RESNET20 = dataclasses.replace(_VGG6, name="resnet20-cifar10", model="resnet20", dropout=0.0)
+_IMAGENET = dataclasses.replace(
+    _VGG16,
+    name="vgg16-imagenet",
+    dataset="imagenet-1k",
+    image_size=224,
+    convert=True,  # it holds a few hundred greyscale images
+    augmentation="resized-crop-flip",
+    validation_images=20_000,
+    calibration_images=1_000,
+    batch_size=256,
+    snn=SnnTraining(epochs=10),
+)
+_ON_CIFAR100 = tuple(
+    dataclasses.replace(recipe, name=recipe.name.replace("cifar10", "cifar100"), dataset="cifar100")
+    for recipe in (_VGG6, _VGG16, _RESNET20)
+)
+# Two cores: a quarter of the channels, fewer epochs.
+_VGG6_NARROW = dataclasses.replace(
+    _VGG6,
+    name="vgg6-cifar10-w0.25",
+    width=0.25,
+    dropout=0.1,
+    ann=AnnTraining(epochs=24, learning_rate=0.05),
+    snn=SnnTraining(epochs=6, learning_rate=1e-3),
+)
+
+VISION_RECIPES: dict[str, VisionRecipe] = {
+    recipe.name: recipe
+    for recipe in (
+        _VGG6,
+        _VGG6_NARROW,
+        _VGG16,
+        _RESNET20,
+        *_ON_CIFAR100,
+        _IMAGENET,
+        dataclasses.replace(
+            _IMAGENET,
+            name="vgg16-imagenette",
+            dataset="imagenette",
+            validation_images=1_000,
+            batch_size=64,
+            ann=AnnTraining(epochs=60, learning_rate=0.02),
+            snn=SnnTraining(epochs=20),
+        ),
+    )
+}

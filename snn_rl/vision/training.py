@@ -1,0 +1,506 @@
+"""The stages of a classifier: ANN, conversion, temporal pruning. How stages make a run: `snn_rl.stages`.
+
+A stage is resumed to the epoch. Under ``torchrun`` every process takes its part of each batch, gradients are averaged,
+and the first process alone writes; the run's folder must be one that all of them see.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.tensorboard import SummaryWriter
+
+from snn_rl.activity import activity, count_spikes
+from snn_rl.convert import to_spiking
+from snn_rl.files import atomic, write_json
+from snn_rl.network import SpikingNetwork
+from snn_rl.stages import (
+    Stage,
+    chain,
+    check_device,
+    claim,
+    hardware,
+    measurements,
+    remove_leftovers,
+    run_stages,
+    versions,
+)
+from snn_rl.vision.classifier import Classifier, call, load_classifier, save_classifier
+from snn_rl.vision.data import (
+    ImageFiles,
+    Images,
+    channel_statistics,
+    eval_batches,
+    hold_out,
+    load_images,
+    train_batches,
+)
+from snn_rl.vision.models import build
+from snn_rl.vision.recipe import AnnTraining, SnnTraining, VisionRecipe
+
+MODEL = "model.safetensors"
+BEST_MODEL = "best.safetensors"
+CHECKPOINT = "checkpoint.pt"
+EVAL_BATCH = 250
+
+
+class OutOfTimeError(RuntimeError):
+    """A run has used the time it was given; the same call goes on."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """``train`` and ``validation`` are the training images, ``test`` is for reporting alone."""
+
+    train: Images | ImageFiles
+    validation: Images | ImageFiles
+    test: Images | ImageFiles
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of a recipe: where, with which seed, on which device, by how many processes."""
+
+    recipe: VisionRecipe
+    directory: Path
+    seed: int
+    device: str
+    rank: int = 0
+    world: int = 1
+    progress_bar: bool = False
+    deadline: float = math.inf  # of `time.monotonic`
+
+    @cached_property
+    def data(self) -> Data:
+        recipe = self.recipe
+        train, test = (
+            load_images(recipe.dataset, split, recipe.image_size, convert=recipe.convert) for split in ("train", "test")
+        )
+        if recipe.max_images is not None:
+            draw = torch.Generator().manual_seed(self.seed)
+            train, test = (d.pick(torch.randperm(len(d), generator=draw)[: recipe.max_images]) for d in (train, test))
+        kept, validation = hold_out(train, recipe.validation_images, self.seed)
+        if len(kept) < recipe.batch_size:
+            raise ValueError(f"batch_size must be <= {len(kept)}, the images left to train on, got {recipe.batch_size}")
+        mean, std = channel_statistics(kept)
+        return Data(kept.to(self.device), validation.to(self.device), test.to(self.device), mean, std)
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        recipe = self.recipe
+        names = ("model", "image_size", "batch_norm", "width", "dropout")
+        return {name: getattr(recipe, name) for name in names}
+
+    def classifier(self, network: nn.Module, stage: Stage) -> Classifier:
+        provenance = {
+            "recipe": self.recipe.name,
+            "dataset": self.recipe.dataset,
+            "seed": self.seed,
+            "stage": stage.name,
+        }
+        data = self.data
+        return Classifier(network, self.architecture, data.train.classes, data.mean, data.std, provenance)
+
+    def autocast(self) -> torch.autocast:
+        """bfloat16 where tensor cores make it pay."""
+        return torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.device.startswith("cuda"))
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over all processes."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def wait(self) -> None:
+        """Until every process is here: what one wrote, the others now see."""
+        if self.world > 1:
+            dist.barrier()
+
+
+def run(
+    recipe: VisionRecipe,
+    directory: Path,
+    seed: int = 0,
+    *,
+    device: str = "auto",
+    ann: Path | None = None,
+    progress_bar: bool = False,
+    minutes: float | None = None,
+) -> dict[str, Any]:
+    """Train every stage of ``recipe`` that is not finished yet; returns what ``results.json`` holds.
+
+    ``ann`` is the ``model.safetensors`` of another run's ANN that takes the ANN stage's place: it is evaluated, not
+    trained. After ``minutes`` the run stops at the end of an epoch.
+
+    Raises:
+        ValueError: a directory of another run, a device that is not there, data that cannot be used, an ``ann`` that
+            does not fit, a loss that is not finite.
+        OutOfTimeError: ``minutes`` have passed; the same call goes on.
+    """
+    if not 0 <= seed < 100_000:
+        raise ValueError(f"seed must lie in [0, 100000), got {seed}")
+    deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
+    if recipe.cpu_threads is not None:
+        torch.set_num_threads(recipe.cpu_threads)
+    with _processes(check_device(device)) as (device, rank, world):
+        if recipe.batch_size % world:
+            raise ValueError(f"batch_size must be a multiple of the {world} processes, got {recipe.batch_size}")
+        this = Run(recipe, directory, seed, device, rank, world, progress_bar and rank == 0, deadline)
+        for turn in (rank == 0, rank != 0):  # the first process claims the folder, the others find that it has
+            if turn:
+                claim(directory, recipe.as_dict(), seed, ann, f"the {MODEL} of another run's ANN")
+            this.wait()
+        stages = chain(recipe.schedule, ann)
+        if recipe.sparsity:
+            stages.append(Stage(recipe.schedule[-1], stages[-1].name, f"-sparse{100 * recipe.sparsity:g}"))
+        head = {"recipe": recipe.name, "env_id": recipe.dataset, "seed": seed}
+        return run_stages(directory, stages, lambda stage: _train_stage(this, stage), head, writes=rank == 0)
+
+
+@contextmanager
+def _processes(device: str) -> Iterator[tuple[str, int, int]]:
+    """This process's device, its rank and their number, as ``torchrun`` says; alone without it."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield device, 0, 1
+        return
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        yield device, dist.get_rank(), world
+    finally:
+        dist.destroy_process_group()
+
+
+# --- one stage ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class History:
+    """What a stage has seen, kept in its checkpoint."""
+
+    curve: dict[str, list[float]] = field(default_factory=lambda: {"epochs": [], "loss": [], "accuracy": []})
+    validation: list[list[float]] = field(default_factory=list)  # [epoch, accuracy]
+    wall_seconds: float = 0.0
+    updates: int = 0
+
+    @property
+    def epochs(self) -> int:
+        return len(self.validation)
+
+    @property
+    def best(self) -> float:
+        return max((accuracy for _, accuracy in self.validation), default=-1.0)
+
+    def without_progress(self) -> int:
+        """Epochs since the best validation accuracy."""
+        accuracies = [accuracy for _, accuracy in self.validation]
+        return 0 if not accuracies else len(accuracies) - 1 - accuracies.index(max(accuracies))
+
+
+def _train_stage(this: Run, stage: Stage) -> None:
+    """Train or resume a stage, choose its checkpoint on validation images, evaluate it, write its files."""
+    folder = this.directory / stage.name
+    history = History()
+    if stage.timesteps is None and stage.parent is not None:
+        network = _load_ann(this, Path(stage.parent))
+    else:
+        network = _begin(this, stage)
+        _fit(this, stage, network, history)
+        network = load_classifier(folder / BEST_MODEL, this.device).network
+    _export(this, stage, network, history)
+    this.wait()
+
+
+def _begin(this: Run, stage: Stage) -> nn.Module:
+    """A stage's network before its first update: drawn, converted, or its parent's at fewer timesteps."""
+    recipe, data = this.recipe, this.data
+    torch.manual_seed(this.seed)
+    if stage.timesteps is None:
+        network: nn.Module = build(classes=len(data.train.classes), **this.architecture)
+        if this.world > 1 and this.device.startswith("cuda"):
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        return network.to(this.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    assert stage.parent is not None
+    parent = load_classifier(this.directory / stage.parent / MODEL, this.device)
+    network = parent.network
+    if isinstance(network, SpikingNetwork):
+        network.timesteps = stage.timesteps
+        if stage.variant:
+            _prune_weights(network, recipe.sparsity)
+        return network
+    batches = eval_batches(data.validation, EVAL_BATCH, device=this.device)
+    needed = math.ceil(recipe.calibration_images / EVAL_BATCH)
+    calibration = torch.cat([images for images, _ in (next(batches) for _ in range(needed))])
+    return to_spiking(
+        network,
+        parent.prepare(calibration[: recipe.calibration_images]),
+        recipe.snn.percentile,
+        stage.timesteps,
+        leak=recipe.snn.leak,
+        leak_reset=recipe.snn.leak_reset,
+    )
+
+
+def _load_ann(this: Run, path: Path) -> nn.Module:
+    ann = load_classifier(path, this.device)
+    if ann.timesteps is not None:
+        raise ValueError(f"{path} holds a spiking network of T = {ann.timesteps}; --ann takes an ANN")
+    ours, theirs = this.classifier(ann.network, Stage(None, None)), ann
+    for name in ("architecture", "classes", "mean", "std"):
+        if getattr(ours, name) != getattr(theirs, name):
+            raise ValueError(
+                f"{path} was trained with {name} {getattr(theirs, name)}, but {this.recipe.name} has "
+                f"{getattr(ours, name)}"
+            )
+    return ann.network
+
+
+def _synapse_weights(network: nn.Module) -> list[Tensor]:
+    return [m.weight for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+
+
+@torch.no_grad()
+def _prune_weights(network: nn.Module, sparsity: float) -> None:
+    """Set the smallest ``sparsity`` of each synapse's weights to 0."""
+    for weight in _synapse_weights(network):
+        pruned = int(sparsity * weight.numel())
+        if pruned:
+            weight.mul_(weight.abs() > weight.abs().flatten().kthvalue(pruned).values)
+
+
+def _optimizer(network: nn.Module, config: AnnTraining | SnnTraining) -> torch.optim.Optimizer:
+    """Weight decay is for weights: biases, batch-norm, thresholds and leaks have none."""
+    weights = [p for p in network.parameters() if p.dim() > 1]
+    others = [p for p in network.parameters() if p.dim() <= 1]
+    groups = [{"params": weights, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, config.learning_rate, momentum=0.9, nesterov=True, fused=True)
+    return torch.optim.Adam(groups, config.learning_rate, fused=True)
+
+
+def _fit(this: Run, stage: Stage, network: nn.Module, history: History) -> None:
+    """Train ``network`` from its last checkpoint, or from its start, to the end of its epochs."""
+    recipe, folder = this.recipe, this.directory / stage.name
+    config = recipe.ann if stage.timesteps is None else recipe.snn
+    epochs = recipe.ann.epochs if stage.timesteps is None else recipe.snn_epochs
+    optimizer = _optimizer(network, config)
+    _resume(this, folder / CHECKPOINT, network, optimizer, history)
+    this.wait()  # before the first process writes the next
+    if this.rank == 0 and not history.epochs:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
+    masks = [(w, (w != 0).to(w.dtype)) for w in _synapse_weights(network)] if stage.variant else []
+    model = DistributedDataParallel(network) if this.world > 1 else network
+    order = 1_000 * this.seed + (stage.timesteps or 0) + 100 * bool(stage.variant)  # of its own in each stage
+    batches = len(this.data.train) // recipe.batch_size
+    with _log(this, folder, history) as writer, _progress(this, stage, epochs * batches, history) as tick:
+        while history.epochs < epochs and not _is_stuck(config, history):
+            started = time.monotonic()
+            epoch = history.epochs
+            torch.manual_seed(1_000_003 * order + 1_009 * epoch + this.rank)  # for dropout, the same after a kill
+            seen = torch.zeros(2, dtype=torch.float64, device=this.device)  # loss, correct
+            network.train()
+            for i, (images, labels) in enumerate(
+                train_batches(
+                    this.data.train,
+                    recipe.batch_size,
+                    augmentation=recipe.augmentation,
+                    seed=order,
+                    epoch=epoch,
+                    rank=this.rank,
+                    world=this.world,
+                    device=this.device,
+                )
+            ):
+                progress = (epoch * batches + i) / (epochs * batches)
+                for group in optimizer.param_groups:
+                    group["lr"] = config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+                with this.autocast():
+                    logits = call(model, this.classifier(network, stage).prepare(images))
+                loss = nn.functional.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                with torch.no_grad():
+                    for weight, mask in masks:
+                        weight.mul_(mask)
+                    seen += torch.stack([loss.detach() * len(labels), (logits.argmax(1) == labels).sum()])
+                tick()
+            loss_mean, accuracy = (this.total(seen) / (batches * recipe.batch_size)).tolist()
+            if not math.isfinite(loss_mean):
+                raise ValueError(
+                    f"the loss of {stage.name} is {loss_mean} in epoch {epoch}; lower the learning rate "
+                    f"({config.learning_rate}): {folder} keeps the checkpoint of the epoch before"
+                )
+            validation = _evaluate(this, network, this.data.validation).top1
+            history.updates += batches
+            for key, value in (("epochs", epoch + 1), ("loss", loss_mean), ("accuracy", accuracy)):
+                history.curve[key].append(value)
+            is_best = validation >= history.best  # of equals the one trained longer
+            history.validation.append([epoch + 1, validation])
+            history.wall_seconds += time.monotonic() - started
+            if this.rank == 0:
+                _write_log(writer, network, history, optimizer.param_groups[0]["lr"])
+                if is_best:
+                    save_classifier(this.classifier(network, stage), folder / BEST_MODEL)
+                with atomic(folder / CHECKPOINT) as temporary:
+                    state = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
+                    torch.save({**state, "history": vars(history)}, temporary)
+            if _any(this, time.monotonic() > this.deadline) and history.epochs < epochs:
+                done = f"{history.epochs} of {epochs} epochs"
+                raise OutOfTimeError(f"out of time in {stage.name} after {done}; the same call goes on")
+            if _any(this, time.monotonic() > this.deadline) and history.epochs < epochs:
+                raise OutOfTimeError(
+                    f"out of time in {stage.name} after {history.epochs} epochs; the same call goes on"
+                )
+    this.wait()
+
+
+def _is_stuck(config: AnnTraining | SnnTraining, history: History) -> bool:
+    patience = getattr(config, "patience", None)
+    return patience is not None and history.without_progress() >= patience
+
+
+def _any(this: Run, flag: bool) -> bool:
+    """Whether any process says so: all have to agree to stop."""
+    return bool(this.total(torch.tensor(float(flag), device=this.device)) > 0)
+
+
+def _resume(this: Run, path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, history: History) -> None:
+    if not path.is_file():
+        return
+    try:
+        state = torch.load(path, map_location=this.device, weights_only=True)
+        network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+        restored = History(**state["history"])
+    except Exception as error:  # a damaged file may raise anything
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{path} is not a readable checkpoint ({type(error).__name__}: {reason}); remove it"
+        ) from error
+    for f in fields(History):
+        setattr(history, f.name, getattr(restored, f.name))
+
+
+@contextmanager
+def _log(this: Run, folder: Path, history: History) -> Iterator[SummaryWriter | None]:
+    if this.rank != 0:
+        yield None
+        return
+    with SummaryWriter(str(folder), purge_step=history.epochs + 1) as writer:
+        yield writer
+
+
+def _write_log(writer: SummaryWriter | None, network: nn.Module, history: History, learning_rate: float) -> None:
+    assert writer is not None
+    epoch = history.epochs
+    writer.add_scalar("train/loss", history.curve["loss"][-1], epoch)
+    writer.add_scalar("train/accuracy", history.curve["accuracy"][-1], epoch)
+    writer.add_scalar("train/learning_rate", learning_rate, epoch)
+    writer.add_scalar("validation/accuracy", history.validation[-1][1], epoch)
+    if isinstance(network, SpikingNetwork):
+        for name, lif in network.lif_layers.items():
+            writer.add_scalar(f"threshold/{name}", lif.threshold.item(), epoch)
+            writer.add_scalar(f"leak/{name}", lif.leak.item(), epoch)
+
+
+@contextmanager
+def _progress(this: Run, stage: Stage, updates: int, history: History) -> Iterator[Callable[[], object]]:
+    """A bar with the time left, on a terminal."""
+    if not this.progress_bar:
+        yield lambda: None
+        return
+    from tqdm import tqdm  # of the extra `scripts`
+
+    with tqdm(total=updates, initial=history.updates, desc=stage.name, unit="update") as bar:
+        yield bar.update
+
+
+# --- after a stage ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Shares of the images whose class is the most likely one, or among the five most likely."""
+
+    top1: float
+    top5: float
+    images: int
+
+
+@torch.no_grad()
+def _evaluate(this: Run, network: nn.Module, images: Images | ImageFiles) -> Accuracy:
+    was_training = network.training
+    network.eval()
+    seen = torch.zeros(3, dtype=torch.float64, device=this.device)  # top 1, top 5, images
+    prepare = this.classifier(network, Stage(None, None)).prepare
+    for batch, labels in eval_batches(images, EVAL_BATCH, rank=this.rank, world=this.world, device=this.device):
+        with this.autocast():
+            logits = call(network, prepare(batch))
+        likely = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        seen += torch.stack([likely[:, 0].sum(), likely.sum(), torch.tensor(len(labels), device=this.device)])
+    network.train(was_training)
+    top1, top5, count = this.total(seen).tolist()
+    return Accuracy(top1 / count, top5 / count, int(count))
+
+
+def _export(this: Run, stage: Stage, network: nn.Module, history: History) -> None:
+    """Evaluate on the test images and write the stage's files, ``metrics.json`` last."""
+    folder = this.directory / stage.name
+    measured = None
+    if isinstance(network, SpikingNetwork):
+        with count_spikes(network) as counter:
+            accuracy = _evaluate(this, network, this.data.test)
+        names = list(counter.spikes)
+        counts = [[counter.spikes[name], float(counter.inferences[name])] for name in names]
+        for name, (spikes, inferences) in zip(names, this.total(torch.tensor(counts)).tolist(), strict=True):
+            counter.spikes[name], counter.inferences[name] = spikes, int(inferences)
+    else:
+        accuracy = _evaluate(this, network, this.data.test)
+    if this.rank != 0:  # which may have seen no image at all
+        return
+    if isinstance(network, SpikingNetwork):
+        size = this.recipe.image_size
+        measured = activity(
+            network, counter.rates(), (3, size, size), persistent=False, skip_zero_weights=bool(stage.variant)
+        )
+    save_classifier(this.classifier(network, stage), folder / MODEL)
+    lifs = network.lif_layers if isinstance(network, SpikingNetwork) else {}
+    write_json(
+        folder / "metrics.json",
+        {
+            "stage": stage.name,
+            "timesteps": stage.timesteps,
+            "parent": stage.parent,
+            "env_steps": None,
+            "epochs": history.epochs,
+            "updates": history.updates,
+            "wall_seconds": round(history.wall_seconds, 1),
+            "accuracy": vars(accuracy),
+            "validation": history.validation,
+            "curve": history.curve,
+            **measurements(measured),
+            "threshold": {name: lif.threshold.item() for name, lif in lifs.items()},
+            "leak": {name: lif.leak.item() for name, lif in lifs.items()},
+            "versions": versions(),
+            "hardware": hardware(this.device) + (f", {this.world} processes" if this.world > 1 else ""),
+        },
+    )
