@@ -7,17 +7,14 @@ and the first process alone writes; the run's folder must be one that all of the
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
@@ -37,14 +34,12 @@ from snn_rl.stages import (
     run_stages,
     versions,
 )
-from snn_rl.vision.classifier import Classifier, call, load_classifier, save_classifier
+from snn_rl.vision._run import Run, processes
+from snn_rl.vision.classifier import call, load_classifier, save_classifier
 from snn_rl.vision.data import (
     ImageFiles,
     Images,
-    channel_statistics,
     eval_batches,
-    hold_out,
-    load_images,
     train_batches,
 )
 from snn_rl.vision.models import build
@@ -58,77 +53,6 @@ EVAL_BATCH = 250
 
 class OutOfTimeError(RuntimeError):
     """A run has used the time it was given; the same call goes on."""
-
-
-@dataclass(frozen=True)
-class Data:
-    """``train`` and ``validation`` are the training images, ``test`` is for reporting alone."""
-
-    train: Images | ImageFiles
-    validation: Images | ImageFiles
-    test: Images | ImageFiles
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training of a recipe: where, with which seed, on which device, by how many processes."""
-
-    recipe: VisionRecipe
-    directory: Path
-    seed: int
-    device: str
-    rank: int = 0
-    world: int = 1
-    progress_bar: bool = False
-    deadline: float = math.inf  # of `time.monotonic`
-
-    @cached_property
-    def data(self) -> Data:
-        recipe = self.recipe
-        train, test = (
-            load_images(recipe.dataset, split, recipe.image_size, convert=recipe.convert) for split in ("train", "test")
-        )
-        if recipe.max_images is not None:
-            draw = torch.Generator().manual_seed(self.seed)
-            train, test = (d.pick(torch.randperm(len(d), generator=draw)[: recipe.max_images]) for d in (train, test))
-        kept, validation = hold_out(train, recipe.validation_images, self.seed)
-        if len(kept) < recipe.batch_size:
-            raise ValueError(f"batch_size must be <= {len(kept)}, the images left to train on, got {recipe.batch_size}")
-        mean, std = channel_statistics(kept)
-        return Data(kept.to(self.device), validation.to(self.device), test.to(self.device), mean, std)
-
-    @property
-    def architecture(self) -> dict[str, Any]:
-        recipe = self.recipe
-        names = ("model", "image_size", "batch_norm", "width", "dropout")
-        return {name: getattr(recipe, name) for name in names}
-
-    def classifier(self, network: nn.Module, stage: Stage) -> Classifier:
-        provenance = {
-            "recipe": self.recipe.name,
-            "dataset": self.recipe.dataset,
-            "seed": self.seed,
-            "stage": stage.name,
-        }
-        data = self.data
-        return Classifier(network, self.architecture, data.train.classes, data.mean, data.std, provenance)
-
-    def autocast(self) -> torch.autocast:
-        """bfloat16 where tensor cores make it pay."""
-        return torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.device.startswith("cuda"))
-
-    def total(self, values: Tensor) -> Tensor:
-        """The sum over all processes."""
-        if self.world > 1:
-            dist.all_reduce(values)
-        return values
-
-    def wait(self) -> None:
-        """Until every process is here: what one wrote, the others now see."""
-        if self.world > 1:
-            dist.barrier()
 
 
 def run(
@@ -156,7 +80,7 @@ def run(
     deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
     if recipe.cpu_threads is not None:
         torch.set_num_threads(recipe.cpu_threads)
-    with _processes(check_device(device)) as (device, rank, world):
+    with processes(check_device(device)) as (device, rank, world):
         if recipe.batch_size % world:
             raise ValueError(f"batch_size must be a multiple of the {world} processes, got {recipe.batch_size}")
         this = Run(recipe, directory, seed, device, rank, world, progress_bar and rank == 0, deadline)
@@ -169,23 +93,6 @@ def run(
             stages.append(Stage(recipe.schedule[-1], stages[-1].name, f"-sparse{100 * recipe.sparsity:g}"))
         head = {"recipe": recipe.name, "env_id": recipe.dataset, "seed": seed}
         return run_stages(directory, stages, lambda stage: _train_stage(this, stage), head, writes=rank == 0)
-
-
-@contextmanager
-def _processes(device: str) -> Iterator[tuple[str, int, int]]:
-    """This process's device, its rank and their number, as ``torchrun`` says; alone without it."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
-        yield device, 0, 1
-        return
-    if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    try:
-        yield device, dist.get_rank(), world
-    finally:
-        dist.destroy_process_group()
 
 
 # --- one stage ----------------------------------------------------------------------------------------------------
