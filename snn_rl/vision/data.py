@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from snn_rl.vision._formats import WORKERS, Entry, Unusable, check, fit, list_images, with_image
+from snn_rl.vision.recipe import AUGMENTATIONS
 
-AUGMENTATIONS = ("none", "crop-flip", "resized-crop-flip")
 TRIES = 10  # of a resized crop, until one lies within the image
 PREFETCH = 3  # batches of files that are being decoded while one is in use
 STATISTICS_SAMPLE = 5_000  # files

@@ -147,7 +147,7 @@ _ON_CIFAR100 = tuple(
     dataclasses.replace(recipe, name=recipe.name.replace("cifar10", "cifar100"), dataset="cifar100")
     for recipe in (_VGG6, _VGG16, _RESNET20)
 )
-# Two cores: a quarter of the channels, fewer epochs.
+# Two cores: fewer channels and epochs.
 _VGG6_NARROW = dataclasses.replace(
     _VGG6,
     name="vgg6-cifar10-w0.25",
@@ -157,12 +157,22 @@ _VGG6_NARROW = dataclasses.replace(
     snn=SnnTraining(epochs=6, learning_rate=1e-3),
 )
 
+_VGG16_NARROW = dataclasses.replace(
+    _VGG6_NARROW,
+    name="vgg16-cifar10-w0.125",
+    model="vgg16",
+    width=0.125,
+    ann=AnnTraining(epochs=8, learning_rate=0.05),
+    snn=SnnTraining(epochs=2, learning_rate=1e-3),
+)
+
 VISION_RECIPES: dict[str, VisionRecipe] = {
     recipe.name: recipe
     for recipe in (
         _VGG6,
         _VGG6_NARROW,
         _VGG16,
+        _VGG16_NARROW,
         _RESNET20,
         *_ON_CIFAR100,
         _IMAGENET,

@@ -48,7 +48,7 @@ from snn_rl.vision.recipe import AnnTraining, SnnTraining, VisionRecipe
 MODEL = "model.safetensors"
 BEST_MODEL = "best.safetensors"
 CHECKPOINT = "checkpoint.pt"
-EVAL_BATCH = 250
+EVAL_BATCH = 256  # of all processes together
 
 
 class OutOfTimeError(RuntimeError):
@@ -152,12 +152,12 @@ def _begin(this: Run, stage: Stage) -> nn.Module:
         if stage.variant:
             _prune_weights(network, recipe.sparsity)
         return network
-    batches = eval_batches(data.validation, EVAL_BATCH, device=this.device)
-    needed = math.ceil(recipe.calibration_images / EVAL_BATCH)
-    calibration = torch.cat([images for images, _ in (next(batches) for _ in range(needed))])
+    # evenly spread: the images of a folder lie class by class
+    spread = torch.arange(recipe.calibration_images) * len(data.validation) // recipe.calibration_images
+    batches = (data.validation.read(index, None)[0].to(this.device) for index in spread.split(EVAL_BATCH))
     return to_spiking(
         network,
-        parent.prepare(calibration[: recipe.calibration_images]),
+        map(parent.prepare, batches),
         recipe.snn.percentile,
         stage.timesteps,
         leak=recipe.snn.leak,
@@ -359,7 +359,8 @@ def _evaluate(this: Run, network: nn.Module, images: Images | ImageFiles) -> Acc
     network.eval()
     seen = torch.zeros(3, dtype=torch.float64, device=this.device)  # top 1, top 5, images
     prepare = this.classifier(network, Stage(None, None)).prepare
-    for batch, labels in eval_batches(images, EVAL_BATCH, rank=this.rank, world=this.world, device=this.device):
+    batch_size = max(1, EVAL_BATCH // this.world) * this.world
+    for batch, labels in eval_batches(images, batch_size, rank=this.rank, world=this.world, device=this.device):
         with this.autocast():
             logits = call(network, prepare(batch))
         likely = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]

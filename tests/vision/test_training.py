@@ -162,6 +162,26 @@ def test_what_is_no_such_ann_is_refused(recipe: VisionRecipe, undisturbed: Path,
         vision.run(recipe, tmp_path / "c", device="cpu", ann=Path("nowhere"))
 
 
+def test_thresholds_are_calibrated_on_all_classes(
+    recipe: VisionRecipe, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The images of a folder lie class by class: its first few are of one class alone."""
+    seen: list[torch.Tensor] = []
+    to_spiking = training.to_spiking
+
+    def look(ann: torch.nn.Module, calibration: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.extend(calibration)
+        return to_spiking(ann, seen, *args, **kwargs)
+
+    monkeypatch.setattr(training, "to_spiking", look)
+    few = dataclasses.replace(recipe, calibration_images=6)
+    vision.run(few, tmp_path, device="cpu", ann=undisturbed / "ann" / "model.safetensors")
+    images = torch.cat(seen)
+    assert len(images) == 6
+    brightest = images[:, :, 2:6, 2:6].mean((2, 3)).argmax(1)
+    assert brightest.bincount(minlength=3).tolist() == [2, 2, 2]
+
+
 def test_pruned_weights_stay_pruned_and_save_energy(recipe: VisionRecipe, undisturbed: Path, tmp_path: Path) -> None:
     sparse = dataclasses.replace(recipe, sparsity=0.75)
     results = vision.run(sparse, tmp_path, device="cpu", ann=undisturbed / "ann" / "model.safetensors")
