@@ -31,12 +31,22 @@ def exit_status(command: Callable[[], Any]) -> int:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     except vision.OutOfTimeError as stop:
-        print(stop, file=sys.stderr)
+        _complain(str(stop))
         return 3
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        _complain(f"error: {' '.join(str(error).split())}")
         return 2
     return 0
+
+
+def _complain(message: str) -> None:
+    if _is_first():
+        print(message, file=sys.stderr)
+
+
+def _is_first() -> bool:
+    """Of the processes that torchrun has started."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _fields(recipe: Any) -> dict[str, Any]:
@@ -113,7 +123,7 @@ def train_classifier(argv: Sequence[str] | None) -> int:
         progress_bar = sys.stderr.isatty()
         kwargs: dict[str, Any] = {"device": options.device, "ann": options.ann, "progress_bar": progress_bar}
         results = vision.run(recipe, _run_dir(options), options.seed, **kwargs, minutes=options.minutes)
-        if int(os.environ.get("RANK", "0")) == 0:
+        if _is_first():
             print_results(results)
 
     return exit_status(command)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -51,10 +51,9 @@ class Run:
         train, test = (
             load_images(recipe.dataset, split, recipe.image_size, convert=recipe.convert) for split in ("train", "test")
         )
-        if recipe.max_images is not None:
-            draw = torch.Generator().manual_seed(self.seed)
-            train, test = (d.pick(torch.randperm(len(d), generator=draw)[: recipe.max_images]) for d in (train, test))
         kept, validation = hold_out(train, recipe.validation_images, self.seed)
+        if recipe.max_images is not None:
+            kept, test = (thinned(d, recipe.max_images) for d in (kept, test))
         if len(kept) < recipe.batch_size:
             raise ValueError(f"batch_size must be <= {len(kept)}, the images left to train on, got {recipe.batch_size}")
         mean, std = channel_statistics(kept)
@@ -66,13 +65,14 @@ class Run:
         names = ("model", "image_size", "batch_norm", "width", "dropout")
         return {name: getattr(recipe, name) for name in names}
 
+    @property
+    def split(self) -> dict[str, Any]:
+        """What decides which images were trained on."""
+        names = ("dataset", "validation_images", "max_images")
+        return {**{name: getattr(self.recipe, name) for name in names}, "seed": self.seed}
+
     def classifier(self, network: nn.Module, stage: Stage) -> Classifier:
-        provenance = {
-            "recipe": self.recipe.name,
-            "dataset": self.recipe.dataset,
-            "seed": self.seed,
-            "stage": stage.name,
-        }
+        provenance = {"recipe": self.recipe.name, "stage": stage.name, **self.split}
         data = self.data
         return Classifier(network, self.architecture, data.train.classes, data.mean, data.std, provenance)
 
@@ -83,6 +83,8 @@ class Run:
     def total(self, values: Tensor) -> Tensor:
         """The sum over all processes."""
         if self.world > 1:
+            if values.device.type != torch.device(self.device).type:  # which NCCL could not reach
+                raise AssertionError(f"a tensor on {values.device} cannot be added up on {self.device}")
             dist.all_reduce(values)
         return values
 
@@ -90,6 +92,38 @@ class Run:
         """Until every process is here: what one wrote, the others now see."""
         if self.world > 1:
             dist.barrier()
+
+    def of_all(self, value: Any) -> set[Any]:
+        """The values of all processes; waits for them."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return set(values)
+
+    def together(self, check: Callable[[], None]) -> None:
+        """Run ``check``, the first process before the others; where it fails in one, it does in all.
+
+        Raises:
+            ValueError: of the first process that failed.
+        """
+        failure: str | None = None
+        for turn in (self.rank == 0, self.rank != 0):
+            if turn:
+                try:
+                    check()
+                except (ValueError, OSError) as error:
+                    if self.world == 1:
+                        raise
+                    failure = str(error)
+            self.wait()
+        for message in sorted(self.of_all(failure) - {None}):
+            raise ValueError(message)
+
+
+def thinned(data: Images | ImageFiles, number: int) -> Images | ImageFiles:
+    """At most ``number`` images, evenly spread."""
+    number = min(number, len(data))
+    return data.pick(torch.arange(number) * len(data) // number)
 
 
 @contextmanager
@@ -105,5 +139,6 @@ def processes(device: str) -> Iterator[tuple[str, int, int]]:
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     try:
         yield device, dist.get_rank(), world
+        dist.barrier()  # none leaves while another still talks to it
     finally:
         dist.destroy_process_group()

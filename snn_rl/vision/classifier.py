@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,12 +102,14 @@ def load_classifier(path: str | Path, device: str = "cpu") -> Classifier:
         raise ValueError(f"{path} is a safetensors file, but not a classifier of this package (it lacks {FORMAT!r})")
     try:
         metadata = json.loads(header[FORMAT])
+        if not isinstance(metadata["classes"], list) or not isinstance(metadata["provenance"], dict):
+            raise ValueError("classes must be a list and provenance an object")
         classes = tuple(map(str, metadata["classes"]))
         network: nn.Module = build(classes=len(classes), **metadata["architecture"]).eval()
         if metadata["spiking"] is not None:
             network = spiking_architecture(network, **metadata["spiking"])
         mean, std = (tuple(map(float, metadata[key])) for key in ("mean", "std"))
-        if len(mean) != 3 or len(std) != 3 or not all(s > 0 for s in std):
+        if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean + std)) or not all(s > 0 for s in std):
             raise ValueError(f"mean and std must be three numbers each, std > 0, got {mean} and {std}")
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(

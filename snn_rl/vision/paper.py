@@ -6,6 +6,7 @@ Pruning" (ECCV 2022).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -105,7 +106,7 @@ def transition(recipe: VisionRecipe | None) -> list[Experiment]:
 def sparse(recipe: VisionRecipe | None) -> list[Experiment]:
     """T1 with 90 % of the weights pruned by magnitude, zero weights skipped."""
     r = recipe or VISION_RECIPES["vgg16-cifar10"]
-    return [_with(r, "sparse", sparsity=0.9)]
+    return [Experiment(f"{r.name}-sparse", replace(r, sparsity=0.9))]
 
 
 TABLES: dict[str, Callable[[VisionRecipe | None], list[Experiment]]] = {
@@ -137,15 +138,14 @@ def reproduce(
         ValueError: an unknown table; as `snn_rl.vision.run` otherwise.
         OutOfTimeError: the time is up; the same call goes on. What is finished is in the table.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("a table is run by one process; run its recipes with scripts/train_vision.py under torchrun")
     if table not in TABLES:
         raise ValueError(f"unknown table {table!r}; there are {', '.join(TABLES)}")
     experiments = TABLES[table](recipe)
-    anns = [e.ann_of for e in experiments if e.ann_of]
-    missing = [e for name in dict.fromkeys(anns) if name not in [e.name for e in experiments]
-               for e in [_whole(_base(experiments, name))]]  # fmt: skip
     out = directory / f"{table}.md"
     try:
-        for experiment in [*missing, *experiments]:
+        for experiment in experiments:
             ann = None if experiment.ann_of is None else directory / experiment.ann_of / f"seed-{seed}" / "ann" / MODEL
             folder = directory / experiment.name / f"seed-{seed}"
             kwargs: dict[str, Any] = {"device": device, "progress_bar": progress_bar, "minutes": deadline()}
@@ -157,12 +157,6 @@ def reproduce(
                 temporary.write_text(_markdown(table, experiments, finished, seed), encoding="utf-8")
             _draw(directory / f"{table}.png", finished)
     return out
-
-
-def _base(experiments: Sequence[Experiment], name: str) -> VisionRecipe:
-    """The whole experiment whose ANN a variant starts from."""
-    variant = next(e.recipe for e in experiments if e.ann_of == name)
-    return replace(variant, sparsity=0.0)
 
 
 def _results(folder: Path) -> dict[str, Any] | None:

@@ -79,6 +79,10 @@ class VisionRecipe:
         check_numbers(self, fractions={"sparsity", "dropout", "leak", "label_smoothing"})
         if not self.width > 0:
             raise ValueError(f"width must be > 0, got {self.width}")
+        if self.total_snn_epochs is not None and self.total_snn_epochs < len(self.schedule):
+            raise ValueError(
+                f"total_snn_epochs must be >= {len(self.schedule)}, one for each stage, got {self.total_snn_epochs}"
+            )
         if self.sparsity == 1:
             raise ValueError("sparsity must be < 1: no weight would be left")
         if not 0 < self.snn.percentile <= 100:
@@ -101,12 +105,12 @@ class VisionRecipe:
         """What results.json names as the place of the run: the data."""
         return self.dataset
 
-    @property
-    def snn_epochs(self) -> int:
-        """Epochs of one spiking stage, at most."""
+    def snn_epochs(self, timesteps: int) -> int:
+        """Epochs of the stage at ``timesteps``, at most; of a budget, what is left over goes to the last stages."""
         if self.total_snn_epochs is None:
             return self.snn.epochs
-        return max(1, self.total_snn_epochs // len(self.schedule))
+        each, left = divmod(self.total_snn_epochs, len(self.schedule))
+        return each + (len(self.schedule) - self.schedule.index(timesteps) <= left)
 
     def smoke(self) -> VisionRecipe:
         """The same stages with budgets of seconds: every line runs, nothing is learnt."""

@@ -84,15 +84,31 @@ def run(
         if recipe.batch_size % world:
             raise ValueError(f"batch_size must be a multiple of the {world} processes, got {recipe.batch_size}")
         this = Run(recipe, directory, seed, device, rank, world, progress_bar and rank == 0, deadline)
-        for turn in (rank == 0, rank != 0):  # the first process claims the folder, the others find that it has
-            if turn:
-                claim(directory, recipe.as_dict(), seed, ann, f"the {MODEL} of another run's ANN")
-            this.wait()
+        this.together(lambda: _check(this, ann))
         stages = chain(recipe.schedule, ann)
         if recipe.sparsity:
             stages.append(Stage(recipe.schedule[-1], stages[-1].name, f"-sparse{100 * recipe.sparsity:g}"))
         head = {"recipe": recipe.name, "env_id": recipe.dataset, "seed": seed}
-        return run_stages(directory, stages, lambda stage: _train_stage(this, stage), head, writes=rank == 0)
+        trained: list[str] = []
+
+        def train(stage: Stage) -> None:
+            if trained and _is_late(this):
+                raise OutOfTimeError(f"out of time before {stage.name}; the same call goes on")
+            _train_stage(this, stage)
+            trained.append(stage.name)
+
+        return run_stages(directory, stages, train, head, writes=rank == 0)
+
+
+def _check(this: Run, ann: Path | None) -> None:
+    """Bind the folder to this run, once it is known that the run can begin."""
+    if not (this.directory / "run.json").is_file():
+        if this.rank:
+            raise ValueError(f"{this.directory} must be a folder that all processes share: the first one's is not seen")
+        classes = len(this.data.train.classes)
+        with torch.device("meta"):  # takes no memory
+            build(classes=classes, **this.architecture)
+    claim(this.directory, this.recipe.as_dict(), this.seed, ann, f"the {MODEL} of another run's ANN")
 
 
 # --- one stage ----------------------------------------------------------------------------------------------------
@@ -169,12 +185,14 @@ def _load_ann(this: Run, path: Path) -> nn.Module:
     ann = load_classifier(path, this.device)
     if ann.timesteps is not None:
         raise ValueError(f"{path} holds a spiking network of T = {ann.timesteps}; --ann takes an ANN")
-    ours, theirs = this.classifier(ann.network, Stage(None, None)), ann
-    for name in ("architecture", "classes", "mean", "std"):
-        if getattr(ours, name) != getattr(theirs, name):
+    ours = this.classifier(ann.network, Stage(None, None))
+    pairs = {name: (ann.provenance.get(name), value) for name, value in this.split.items()}
+    pairs |= {name: (getattr(ann, name), getattr(ours, name)) for name in ("architecture", "classes")}
+    for name, (theirs, wanted) in pairs.items():
+        if theirs != wanted:
             raise ValueError(
-                f"{path} was trained with {name} {getattr(theirs, name)}, but {this.recipe.name} has "
-                f"{getattr(ours, name)}"
+                f"{path} was trained with {name} {theirs}, but {this.recipe.name} has {wanted}: it takes an ANN "
+                "of the same network that has not seen the images held out here"
             )
     return ann.network
 
@@ -206,10 +224,13 @@ def _fit(this: Run, stage: Stage, network: nn.Module, history: History) -> None:
     """Train ``network`` from its last checkpoint, or from its start, to the end of its epochs."""
     recipe, folder = this.recipe, this.directory / stage.name
     config = recipe.ann if stage.timesteps is None else recipe.snn
-    epochs = recipe.ann.epochs if stage.timesteps is None else recipe.snn_epochs
+    epochs = recipe.ann.epochs if stage.timesteps is None else recipe.snn_epochs(stage.timesteps)
     optimizer = _optimizer(network, config)
     _resume(this, folder / CHECKPOINT, network, optimizer, history)
-    this.wait()  # before the first process writes the next
+    if (
+        len(this.of_all(history.epochs)) > 1
+    ):  # which also waits: the first process is going to write the next checkpoint
+        raise ValueError(f"the processes found different checkpoints: {this.directory} must be a folder they all share")
     if this.rank == 0 and not history.epochs:
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
@@ -253,8 +274,8 @@ def _fit(this: Run, stage: Stage, network: nn.Module, history: History) -> None:
             loss_mean, accuracy = (this.total(seen) / (batches * recipe.batch_size)).tolist()
             if not math.isfinite(loss_mean):
                 raise ValueError(
-                    f"the loss of {stage.name} is {loss_mean} in epoch {epoch}; lower the learning rate "
-                    f"({config.learning_rate}): {folder} keeps the checkpoint of the epoch before"
+                    f"the loss of {stage.name} is {loss_mean} in epoch {epoch}; train with a lower learning rate than "
+                    f"{config.learning_rate} in another --run-dir"
                 )
             validation = _evaluate(this, network, this.data.validation).top1
             history.updates += batches
@@ -270,13 +291,9 @@ def _fit(this: Run, stage: Stage, network: nn.Module, history: History) -> None:
                 with atomic(folder / CHECKPOINT) as temporary:
                     state = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
                     torch.save({**state, "history": vars(history)}, temporary)
-            if _any(this, time.monotonic() > this.deadline) and history.epochs < epochs:
+            if history.epochs < epochs and not _is_stuck(config, history) and _is_late(this):
                 done = f"{history.epochs} of {epochs} epochs"
                 raise OutOfTimeError(f"out of time in {stage.name} after {done}; the same call goes on")
-            if _any(this, time.monotonic() > this.deadline) and history.epochs < epochs:
-                raise OutOfTimeError(
-                    f"out of time in {stage.name} after {history.epochs} epochs; the same call goes on"
-                )
     this.wait()
 
 
@@ -285,9 +302,10 @@ def _is_stuck(config: AnnTraining | SnnTraining, history: History) -> bool:
     return patience is not None and history.without_progress() >= patience
 
 
-def _any(this: Run, flag: bool) -> bool:
-    """Whether any process says so: all have to agree to stop."""
-    return bool(this.total(torch.tensor(float(flag), device=this.device)) > 0)
+def _is_late(this: Run) -> bool:
+    """Whether any process has passed the deadline: all have to agree to stop."""
+    late = torch.tensor(float(time.monotonic() > this.deadline), device=this.device)
+    return bool(this.total(late) > 0)
 
 
 def _resume(this: Run, path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, history: History) -> None:
@@ -361,8 +379,7 @@ def _evaluate(this: Run, network: nn.Module, images: Images | ImageFiles) -> Acc
     prepare = this.classifier(network, Stage(None, None)).prepare
     batch_size = max(1, EVAL_BATCH // this.world) * this.world
     for batch, labels in eval_batches(images, batch_size, rank=this.rank, world=this.world, device=this.device):
-        with this.autocast():
-            logits = call(network, prepare(batch))
+        logits = call(network, prepare(batch))  # in full precision, as the shared file will run
         likely = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         seen += torch.stack([likely[:, 0].sum(), likely.sum(), torch.tensor(len(labels), device=this.device)])
     network.train(was_training)
@@ -379,7 +396,8 @@ def _export(this: Run, stage: Stage, network: nn.Module, history: History) -> No
             accuracy = _evaluate(this, network, this.data.test)
         names = list(counter.spikes)
         counts = [[counter.spikes[name], float(counter.inferences[name])] for name in names]
-        for name, (spikes, inferences) in zip(names, this.total(torch.tensor(counts)).tolist(), strict=True):
+        totals = torch.tensor(counts, dtype=torch.float64, device=this.device)
+        for name, (spikes, inferences) in zip(names, this.total(totals).tolist(), strict=True):
             counter.spikes[name], counter.inferences[name] = spikes, int(inferences)
     else:
         accuracy = _evaluate(this, network, this.data.test)

@@ -62,6 +62,9 @@ def damage(path: Path, **changes: Any) -> None:
         ({"architecture": {}}, "describes no classifier that can be built: TypeError"),
         ({"classes": ["a"]}, "classes must be >= 2, got 1"),
         ({"std": [0.0, 1.0, 1.0]}, "mean and std must be three numbers each"),
+        ({"mean": [float("nan"), 0.5, 0.5]}, "mean and std must be three numbers each"),
+        ({"classes": "abc"}, "classes must be a list and provenance an object"),
+        ({"provenance": None}, "classes must be a list and provenance an object"),
         ({"spiking": {"timesteps": 0}}, "timesteps must be an integer >= 1, got 0"),
     ],
 )

@@ -20,7 +20,9 @@ from safetensors.torch import load_file
 
 from snn_rl import vision
 from snn_rl.stages import Stage
-from snn_rl.vision import VisionRecipe, load_classifier, training
+from snn_rl.vision import VISION_RECIPES, VisionRecipe, load_classifier, training
+from snn_rl.vision._run import Run
+from snn_rl.vision.paper import reproduce
 from snn_rl.vision.recipe import AnnTraining, SnnTraining
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -158,6 +160,10 @@ def test_what_is_no_such_ann_is_refused(recipe: VisionRecipe, undisturbed: Path,
     wider = dataclasses.replace(recipe, width=0.125)
     with pytest.raises(ValueError, match=r"was trained with architecture .*0.0625.*, but squares has .*0.125"):
         vision.run(wider, tmp_path / "b", device="cpu", ann=undisturbed / "ann" / "model.safetensors")
+    with pytest.raises(
+        ValueError, match=r"was trained with seed 0, but squares has 1: .*has not seen the images held out"
+    ):
+        vision.run(recipe, tmp_path / "d", seed=1, device="cpu", ann=undisturbed / "ann" / "model.safetensors")
     with pytest.raises(ValueError, match=r"no file at nowhere; --ann takes the model.safetensors of another run's ANN"):
         vision.run(recipe, tmp_path / "c", device="cpu", ann=Path("nowhere"))
 
@@ -210,8 +216,8 @@ def test_a_stage_stops_early_where_it_no_longer_improves(recipe: VisionRecipe, t
 
 
 def test_a_budget_of_epochs_is_divided(recipe: VisionRecipe, tmp_path: Path) -> None:
-    results = vision.run(dataclasses.replace(recipe, total_snn_epochs=2), tmp_path, device="cpu")
-    assert [s["epochs"] for s in results["stages"]] == [4, 1, 1]
+    results = vision.run(dataclasses.replace(recipe, total_snn_epochs=3), tmp_path, device="cpu")
+    assert [s["epochs"] for s in results["stages"]] == [4, 1, 2]  # what is left over goes to the last
 
 
 @pytest.mark.parametrize(
@@ -220,7 +226,7 @@ def test_a_budget_of_epochs_is_divided(recipe: VisionRecipe, tmp_path: Path) -> 
         (lambda r: dataclasses.replace(r, batch_size=100), "batch_size must be <= 75, the images left to train on"),
         (
             lambda r: dataclasses.replace(r, ann=dataclasses.replace(r.ann, learning_rate=1e30)),
-            r"the loss of ann is (nan|inf) in epoch \d; lower the learning rate \(1e\+30\)",
+            r"the loss of ann is (nan|inf) in epoch \d; train with a lower learning rate than 1e\+30 in another",
         ),
         (lambda r: dataclasses.replace(r, dataset="nowhere"), "nowhere"),
     ],
@@ -232,6 +238,31 @@ def test_what_cannot_be_trained_is_named(
         vision.run(change(recipe), tmp_path, device="cpu")
 
 
+def test_a_call_that_could_not_begin_leaves_the_folder_free(recipe: VisionRecipe, tmp_path: Path) -> None:
+    for wrong in ({"dataset": "nowhere"}, {"batch_size": 1_000}, {"image_size": 9}):
+        with pytest.raises(ValueError, match=r"nowhere|batch_size|image_size"):
+            vision.run(dataclasses.replace(recipe, **wrong), tmp_path, device="cpu")
+    with pytest.raises(vision.OutOfTimeError):
+        vision.run(recipe, tmp_path, device="cpu", minutes=0.0)
+
+
+def test_stages_of_one_epoch_stop_in_time_too(recipe: VisionRecipe, undisturbed: Path, tmp_path: Path) -> None:
+    short = dataclasses.replace(recipe, snn=dataclasses.replace(recipe.snn, epochs=1))
+    with pytest.raises(vision.OutOfTimeError, match="out of time before T2"):
+        vision.run(short, tmp_path, device="cpu", ann=undisturbed / "ann" / "model.safetensors", minutes=0.0)
+
+
+def test_a_smoke_run_knows_all_classes(images: Path) -> None:
+    """Images are thinned out evenly: a few drawn at random would miss classes."""
+    smoke = dataclasses.replace(
+        VISION_RECIPES["vgg6-cifar100"].smoke(), dataset=str(images), max_images=6, image_size=8
+    )
+    data = Run(dataclasses.replace(smoke, batch_size=6, validation_images=9, calibration_images=9), Path(), 0, "cpu").data
+    assert data.train.labels.bincount().tolist() == [2, 2, 2]
+    assert data.test.labels.bincount().tolist() == [2, 2, 2]
+    assert len(data.validation) == 9
+
+
 def test_a_damaged_checkpoint_is_named(recipe: VisionRecipe, tmp_path: Path) -> None:
     with pytest.raises(vision.OutOfTimeError):
         vision.run(recipe, tmp_path, device="cpu", minutes=0.0)
@@ -240,20 +271,26 @@ def test_a_damaged_checkpoint_is_named(recipe: VisionRecipe, tmp_path: Path) -> 
         vision.run(recipe, tmp_path, device="cpu")
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def start(launcher: list[str], script: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*launcher, str(ROOT / "scripts" / script), *arguments],
+        capture_output=True, text=True, check=False, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240,
+    )  # fmt: skip
+
+
 def test_two_processes_train_as_one_does(recipe: VisionRecipe, tmp_path: Path) -> None:
     """Without batch-norm, whose statistics are a process's own on the CPU; doubles would agree to the last bit."""
     flags = ["--dataset", recipe.dataset, "--image-size", "8", "--width", "0.0625", "--dropout", "0.0"]
     flags += ["--no-batch-norm", "--validation-images", "15", "--calibration-images", "15", "--batch-size", "14"]
     flags += ["--ann.epochs", "2", "--ann.learning-rate", "0.05", "--snn.epochs", "1", "--schedule", "2", "1"]
     flags += ["--cpu-threads", "1", "--device", "cpu"]
-    script = [str(ROOT / "scripts" / "train_vision.py"), "vgg6-cifar10", *flags]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    runs = {"one": [sys.executable], "two": torchrun}
+    runs = {"one": [sys.executable], "two": TORCHRUN}
     for name, launcher in runs.items():
-        done = subprocess.run(
-            [*launcher, *script, "--run-dir", str(tmp_path / name)],
-            capture_output=True, text=True, check=False, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        run_dir = ["--run-dir", str(tmp_path / name)]
+        done = start(launcher, "train_vision.py", "vgg6-cifar10", *flags, *run_dir, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("T2") == 1  # one of them prints
     for stage in ("ann", "T2", "T1"):
@@ -264,6 +301,20 @@ def test_two_processes_train_as_one_does(recipe: VisionRecipe, tmp_path: Path) -
         assert metrics[0]["accuracy"]["images"] == metrics[1]["accuracy"]["images"] == 36
         assert metrics[0]["curve"]["loss"] == pytest.approx(metrics[1]["curve"]["loss"], rel=1e-3)
     assert "2 processes" in json.loads((tmp_path / "two" / "results.json").read_text())["hardware"]
+
+
+def test_an_error_of_two_processes_is_one_line(recipe: VisionRecipe, tmp_path: Path) -> None:
+    done = start(TORCHRUN, "train_vision.py", "vgg6-cifar10", "--dataset", "nowhere", "--device", "cpu", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.count("error: ") == 1
+    assert "nowhere" in done.stderr
+    assert "gloo" not in done.stderr.lower()
+
+
+def test_a_table_is_run_by_one_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="a table is run by one process"):
+        reproduce("table4", tmp_path)
 
 
 def test_stages_of_the_same_timesteps_have_names_of_their_own() -> None:
