@@ -5,15 +5,12 @@ Loading runs no code from the file: names in it select from the classes listed h
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from gymnasium import spaces
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from stable_baselines3 import DQN
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor, NatureCNN
 from stable_baselines3.dqn.policies import DQNPolicy
@@ -21,11 +18,9 @@ from torch import nn
 
 from snn_rl.dqn.features import ConvExtractor
 from snn_rl.dqn.policy import NumpyState, SpikingDQNPolicy
-from snn_rl.files import atomic
 from snn_rl.network import SpikingNetwork
+from snn_rl.weights_file import fill, read_weights, write_weights
 
-# The one key of the file's metadata: safetensors writes several in random order, and a file's checksum is to depend on
-# the policy alone.
 FORMAT = "snn_rl-policy-2"
 EXTRACTORS: dict[str, type[BaseFeaturesExtractor]] = {
     "FlattenExtractor": FlattenExtractor,
@@ -101,9 +96,7 @@ def save_policy(model: DQN, path: Path, provenance: dict[str, Any]) -> None:
         "spiking": policy.spiking_kwargs if isinstance(policy, SpikingDQNPolicy) else None,
         "provenance": provenance,
     }
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in policy.q_net.state_dict().items()}
-    with atomic(path) as temporary:
-        save_file(weights, temporary, metadata={FORMAT: json.dumps(metadata)})
+    write_weights(path, policy.q_net, FORMAT, metadata)
 
 
 def load_policy(path: str | Path, device: str = "cpu") -> LoadedPolicy:
@@ -113,28 +106,12 @@ def load_policy(path: str | Path, device: str = "cpu") -> LoadedPolicy:
         ValueError: a missing, truncated or foreign file, or weights that do not fit its description.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"no policy file at {path}; a training writes STAGE/policy.safetensors")
+    metadata, weights = read_weights(path, FORMAT, "policy", "policy.safetensors")
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            header = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file ({error}); copy it again") from error
-    if FORMAT not in header:
-        raise ValueError(
-            f"{path} is a safetensors file, but not a policy of this package (its metadata lack {FORMAT!r})"
-        )
-    try:
-        metadata = json.loads(header[FORMAT])
         policy = _build(metadata)
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, ArithmeticError, AssertionError) as error:
         raise ValueError(f"{path} describes no policy that can be built: {type(error).__name__}: {error}") from error
-    try:
-        policy.q_net.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: its weights do not fit its description: {reason}") from error
+    fill(policy.q_net, weights, path)
     policy.set_training_mode(False)
     return LoadedPolicy(policy.to(device), metadata)
 

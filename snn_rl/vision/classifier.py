@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from snn_rl.convert import spiking_architecture
-from snn_rl.files import atomic
 from snn_rl.network import SpikingNetwork
 from snn_rl.vision.models import build
+from snn_rl.weights_file import fill, read_weights, write_weights
 
 FORMAT = "snn_rl-classifier-1"
 
@@ -78,9 +75,7 @@ def save_classifier(classifier: Classifier, path: Path) -> None:
         "spiking": spiking,
         "provenance": classifier.provenance,
     }
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    with atomic(path) as temporary:
-        save_file(weights, temporary, metadata={FORMAT: json.dumps(metadata)})
+    write_weights(path, network, FORMAT, metadata)
 
 
 def load_classifier(path: str | Path, device: str = "cpu") -> Classifier:
@@ -90,18 +85,8 @@ def load_classifier(path: str | Path, device: str = "cpu") -> Classifier:
         ValueError: a missing, truncated or foreign file, or weights that do not fit its description.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"no classifier at {path}; a training writes STAGE/model.safetensors")
+    metadata, weights = read_weights(path, FORMAT, "classifier", "model.safetensors")
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            header = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file ({error}); copy it again") from error
-    if FORMAT not in header:
-        raise ValueError(f"{path} is a safetensors file, but not a classifier of this package (it lacks {FORMAT!r})")
-    try:
-        metadata = json.loads(header[FORMAT])
         if not isinstance(metadata["classes"], list) or not isinstance(metadata["provenance"], dict):
             raise ValueError("classes must be a list and provenance an object")
         classes = tuple(map(str, metadata["classes"]))
@@ -115,11 +100,6 @@ def load_classifier(path: str | Path, device: str = "cpu") -> Classifier:
         raise ValueError(
             f"{path} describes no classifier that can be built: {type(error).__name__}: {error}"
         ) from error
-    try:
-        network.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{path}: its weights do not fit its description: {' '.join(str(error).split())[:200]}"
-        ) from error
+    fill(network, weights, path)
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Classifier(network, metadata["architecture"], classes, mean, std, metadata["provenance"])

@@ -77,7 +77,7 @@ def test_a_file_that_describes_nothing_is_one_error(changes: dict[str, Any], mes
 
 
 def test_missing_truncated_and_foreign_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no classifier at"):
+    with pytest.raises(ValueError, match="no classifier file at"):
         load_classifier(tmp_path / "none")
     path = tmp_path / "model.safetensors"
     save_classifier(classifier(None), path)

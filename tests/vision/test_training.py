@@ -257,7 +257,9 @@ def test_a_smoke_run_knows_all_classes(images: Path) -> None:
     smoke = dataclasses.replace(
         VISION_RECIPES["vgg6-cifar100"].smoke(), dataset=str(images), max_images=6, image_size=8
     )
-    data = Run(dataclasses.replace(smoke, batch_size=6, validation_images=9, calibration_images=9), Path(), 0, "cpu").data
+    data = Run(
+        dataclasses.replace(smoke, batch_size=6, validation_images=9, calibration_images=9), Path(), 0, "cpu"
+    ).data
     assert data.train.labels.bincount().tolist() == [2, 2, 2]
     assert data.test.labels.bincount().tolist() == [2, 2, 2]
     assert len(data.validation) == 9

@@ -1,0 +1,63 @@
+"""Files of weights with a description: safetensors, and as JSON all that is needed to rebuild the network.
+
+Reading runs no code from the file: nothing in it is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from snn_rl.files import atomic
+
+
+def write_weights(path: Path, network: nn.Module, form: str, description: dict[str, Any]) -> None:
+    """Write a network's state to ``path``, atomically; ``form`` names what the description means.
+
+    ``form`` is the one key of the file's metadata: safetensors writes several in random order, and a file's checksum is
+    to depend on its content alone.
+    """
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    with atomic(path) as temporary:
+        save_file(weights, temporary, metadata={form: json.dumps(description)})
+
+
+def read_weights(path: Path, form: str, kind: str, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Description and weights of a file that `write_weights` made: a ``kind``, which trainings write as ``name``.
+
+    Raises:
+        ValueError: a missing, truncated or foreign file.
+    """
+    if not path.is_file():
+        raise ValueError(f"no {kind} file at {path}; a training writes STAGE/{name}")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            header = file.metadata() or {}
+            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file ({error}); copy it again") from error
+    if form not in header:
+        raise ValueError(f"{path} is a safetensors file, but not a {kind} of this package (its metadata lack {form!r})")
+    try:
+        description = json.loads(header[form])
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} describes no {kind} that can be built: {error}") from error
+    if not isinstance(description, dict):
+        raise ValueError(
+            f"{path} describes no {kind} that can be built: {type(description).__name__} instead of object"
+        )
+    return description, weights
+
+
+def fill(network: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """Load ``weights`` into ``network``. Raises ValueError where they do not fit it."""
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: its weights do not fit its description: {reason}") from error
