@@ -167,7 +167,7 @@ _VGG16_NARROW = dataclasses.replace(
     model="vgg16",
     width=0.125,
     ann=AnnTraining(epochs=8, learning_rate=0.05),
-    snn=SnnTraining(epochs=2, learning_rate=1e-3),
+    snn=SnnTraining(epochs=1, learning_rate=1e-3),
 )
 
 VISION_RECIPES: dict[str, VisionRecipe] = {
