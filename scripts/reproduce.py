@@ -1,12 +1,12 @@
 """Run one of the paper's tables end to end and write it as Markdown beside the paper's figures.
 
-python scripts/reproduce.py table4 --dataset FOLDER --minutes 10     # again and again until it is done
+python scripts/reproduce.py table4 --minutes 10                                # again and again until it is done
+python scripts/reproduce.py table4 --recipe vgg6-cifar10-w0.25 --dataset FOLDER    # and any other field of the recipe
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 import time
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository's package, whatever else is installed
 
-from snn_rl.cli import exit_status
+from snn_rl.cli import exit_status, overridden
 from snn_rl.memory import keep_freed_memory
 from snn_rl.vision import VISION_RECIPES, VisionRecipe
 from snn_rl.vision.paper import TABLES, reproduce
@@ -24,13 +24,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("table", metavar="TABLE", help=", ".join(TABLES))
     parser.add_argument("--recipe", help=f"in place of the paper's network: {', '.join(VISION_RECIPES)}")
-    parser.add_argument("--dataset", help="a folder in place of the recipe's public data set; needs --recipe")
-    parser.add_argument("--run-dir", type=Path, default=Path("runs", "paper"))
+    parser.add_argument("--run-dir", type=Path, help="where its runs are kept (default: runs/paper)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--smoke", action="store_true", help="every run in seconds, learning nothing; needs --recipe")
     parser.add_argument("--minutes", type=float, help="stop after the epoch in which they have passed (status 3)")
-    options = parser.parse_args(argv)
+    options, overrides = parser.parse_known_args(argv)
+    directory = options.run_dir or Path("runs", "paper-smoke" if options.smoke else "paper")
     started = time.monotonic()
 
     def minutes_left() -> float | None:
@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         keep_freed_memory()
         out = reproduce(
             options.table,
-            options.run_dir,
-            recipe=_recipe(options),
+            directory,
+            recipe=_recipe(options, overrides),
             seed=options.seed,
             device=options.device,
             progress_bar=sys.stderr.isatty(),
@@ -52,16 +52,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_status(command)
 
 
-def _recipe(options: argparse.Namespace) -> VisionRecipe | None:
+def _recipe(options: argparse.Namespace, overrides: Sequence[str]) -> VisionRecipe | None:
     if options.recipe is None:
-        if options.dataset is not None or options.smoke:
-            raise ValueError("--dataset and --smoke change a recipe: say which with --recipe")
+        if overrides or options.smoke:
+            raise ValueError(f"{' '.join(overrides) or '--smoke'} changes a recipe: say which with --recipe")
         return None
     if options.recipe not in VISION_RECIPES:
         raise ValueError(f"unknown recipe {options.recipe!r}; there are {', '.join(VISION_RECIPES)}")
     recipe = VISION_RECIPES[options.recipe]
-    recipe = recipe.smoke() if options.smoke else recipe
-    return recipe if options.dataset is None else dataclasses.replace(recipe, dataset=options.dataset)
+    return overridden(recipe.smoke() if options.smoke else recipe, overrides, "reproduce.py", fixed=("name",))
 
 
 if __name__ == "__main__":

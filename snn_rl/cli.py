@@ -31,15 +31,15 @@ def exit_status(command: Callable[[], Any]) -> int:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     except vision.OutOfTimeError as stop:
-        _complain(str(stop))
+        _say(str(stop))
         return 3
     except (ValueError, OSError) as error:
-        _complain(f"error: {' '.join(str(error).split())}")
+        _say(f"error: {' '.join(str(error).split())}")
         return 2
     return 0
 
 
-def _complain(message: str) -> None:
+def _say(message: str) -> None:
     if _is_first():
         print(message, file=sys.stderr)
 
@@ -53,15 +53,15 @@ def _fields(recipe: Any) -> dict[str, Any]:
     return {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
 
 
-def _parser(ann: str, what: str) -> argparse.ArgumentParser:
-    """The options that every training has; ``ann`` is the kind of file that may take the ANN stage's place."""
+def _parser(ann: str, file: str, what: str) -> argparse.ArgumentParser:
+    """The options that every training has; ``ann``, a ``file``, may take the ANN stage's place."""
     description = f"Train {what}, convert it, prune its timesteps. The same command resumes a killed run."
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False, add_help=False)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run-dir", type=Path, help="where the run is kept (default: runs/RECIPE/seed-N)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--smoke", action="store_true", help="go through every stage in seconds, learning nothing")
-    parser.add_argument("--ann", type=Path, metavar="FILE", help=f"start from {ann} instead of training an ANN")
+    parser.add_argument("--ann", type=Path, metavar=file, help=f"start from {ann} instead of training an ANN")
     return parser
 
 
@@ -73,16 +73,28 @@ def _chosen(
     fixed: Sequence[str],
 ) -> R:
     """The recipe that the command line names, with the fields that it overrides: any but the ``fixed`` ones."""
+    wants_help = bool({"-h", "--help"} & set(overrides))
+    if wants_help:
+        parser.print_help()
+    if wants_help and options.recipe is None:
+        print(f"\nwith a recipe, --help lists its fields, each of which is a flag: {', '.join(recipes)}")
+        raise SystemExit(0)
+    if options.recipe is None:
+        raise ValueError(f"say which recipe: {', '.join(recipes)}")
     if options.recipe not in recipes:
         raise ValueError(f"unknown recipe {options.recipe!r}; there are {', '.join(recipes)}")
     recipe = recipes[options.recipe].smoke() if options.smoke else recipes[options.recipe]
-    if {"-h", "--help"} & set(overrides):
-        parser.print_help()
+    if wants_help:
         print(f"\nand every field of the recipe, here {options.recipe}:\n")
+    return overridden(recipe, overrides, parser.prog, fixed)
+
+
+def overridden(recipe: R, overrides: Sequence[str], program: str, fixed: Sequence[str]) -> R:
+    """``recipe`` with the fields that the flags ``overrides`` name. Raises ValueError for one of the ``fixed`` ones."""
     kind = type(recipe)
     # As the command line says it, checked afterwards: tyro would frame the error over several lines.
     unchecked = type(kind.__name__, (kind,), {"__doc__": kind.__doc__, "__post_init__": lambda self: None})
-    parsed = tyro.cli(unchecked, args=list(overrides), default=unchecked(**_fields(recipe)), prog=parser.prog)
+    parsed = tyro.cli(unchecked, args=list(overrides), default=unchecked(**_fields(recipe)), prog=program)
     changed = kind(**_fields(parsed))
     if any(getattr(changed, name) != getattr(recipe, name) for name in fixed):
         raise ValueError(f"{' and '.join(fixed)} say which recipe this is; choose another with --recipe")
@@ -96,37 +108,44 @@ def _run_dir(options: argparse.Namespace) -> Path:
 
 def train(argv: Sequence[str] | None, recipes: Mapping[str, Recipe], default: str) -> int:
     """The command line of an agent's ``scripts/train_*.py``: choose a recipe, override any of its fields, run it."""
-    parser = _parser("this SB3 DQN's zip", "an ANN-DQN")
+    parser = _parser("this SB3 DQN", "ZIP", "an ANN-DQN")
     parser.add_argument("--recipe", default=default, help=f"one of {', '.join(recipes)} (default: {default})")
     options, overrides = parser.parse_known_args(argv)
 
     def command() -> None:
-        keep_freed_memory()
         recipe = _chosen(options, overrides, recipes, parser, fixed=("name", "env_id"))
-        progress_bar = sys.stderr.isatty()
-        kwargs: dict[str, Any] = {"device": options.device, "ann": options.ann, "progress_bar": progress_bar}
-        print_results(run(recipe, _run_dir(options), options.seed, **kwargs))
+        print_results(run(recipe, _run_dir(options), options.seed, **_begin(options)))
 
     return exit_status(command)
 
 
 def train_classifier(argv: Sequence[str] | None) -> int:
     """The command line of ``scripts/train_vision.py``."""
-    parser = _parser("the model.safetensors of another run's ANN", "a classifier")
-    parser.add_argument("recipe", nargs="?", default="", metavar="RECIPE", help=f"one of {', '.join(VISION_RECIPES)}")
+    parser = _parser("the ANN of another run, its model.safetensors,", "FILE", "a classifier")
+    parser.usage = "%(prog)s RECIPE [--option VALUE ...]"
+    parser.epilog = f"RECIPE comes first: {', '.join(VISION_RECIPES)}"
     parser.add_argument("--minutes", type=float, help="stop after the epoch in which they have passed (status 3)")
-    options, overrides = parser.parse_known_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    named = bool(words) and not words[0].startswith("-")
+    options, overrides = parser.parse_known_args(words[1:] if named else words)
+    options.recipe = words[0] if named else None
 
     def command() -> None:
-        keep_freed_memory()
         recipe = _chosen(options, overrides, VISION_RECIPES, parser, fixed=("name",))
-        progress_bar = sys.stderr.isatty()
-        kwargs: dict[str, Any] = {"device": options.device, "ann": options.ann, "progress_bar": progress_bar}
+        kwargs = _begin(options)
         results = vision.run(recipe, _run_dir(options), options.seed, **kwargs, minutes=options.minutes)
         if _is_first():
             print_results(results)
 
     return exit_status(command)
+
+
+def _begin(options: argparse.Namespace) -> dict[str, Any]:
+    """Settings of this process, a word of where the run is kept, and the arguments that every training takes."""
+    keep_freed_memory()
+    if _is_first():
+        print(f"training into {_run_dir(options)}; to watch: tensorboard --logdir {_run_dir(options)}", flush=True)
+    return {"device": options.device, "ann": options.ann, "progress_bar": sys.stderr.isatty() and _is_first()}
 
 
 def environment_of(

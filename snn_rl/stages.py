@@ -104,7 +104,8 @@ def claim(directory: Path, recipe: dict[str, Any], seed: int, ann: Path | None, 
         raise ValueError(f"no file at {ann}; --ann takes {kind}")
     config = {"recipe": recipe, "seed": seed, "ann": None if ann is None else str(ann.resolve())}
     path = directory / "run.json"
-    if not path.is_file():
+    begun = any(any(directory.glob(f"*/{name}")) for name in ("checkpoint.*", "metrics.json"))
+    if not path.is_file() or not begun:  # where nothing has been trained yet, nothing is lost
         write_json(path, config)
         return
     before = _flat(read_json(path))

@@ -409,5 +409,5 @@ def check(listing: Listing, use: Callable[[int], None]) -> None:
         name = listing.name(listing.entries[i])
         kinds.setdefault(error.kind, []).append(f"{name} is {error.detail}" if error.kind == "not RGB" else name)
     said = ", ".join(f"{len(kinds[kind])} {kind} ({some(kinds[kind])})" for kind in sorted(kinds))
-    way = "remove or convert them" + ", or load with convert=True" * ("not RGB" in kinds)
+    way = "remove or convert them" + ", or convert them while loading (convert=True, --convert)" * ("not RGB" in kinds)
     raise ValueError(f"{len(bad)} of {number} images in {listing.where} cannot be used: {said}; {way}")

@@ -51,7 +51,13 @@ class Run:
         train, test = (
             load_images(recipe.dataset, split, recipe.image_size, convert=recipe.convert) for split in ("train", "test")
         )
-        kept, validation = hold_out(train, recipe.validation_images, self.seed)
+        try:
+            kept, validation = hold_out(train, recipe.validation_images, self.seed)
+        except ValueError as error:
+            raise ValueError(
+                f"validation_images: {error} (of {len(train)} training images, and with them calibration_images, "
+                f"{recipe.calibration_images}, and batch_size, {recipe.batch_size})"
+            ) from error
         if recipe.max_images is not None:
             kept, test = (thinned(d, recipe.max_images) for d in (kept, test))
         if len(kept) < recipe.batch_size:

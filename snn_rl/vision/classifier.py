@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from snn_rl.convert import spiking_architecture
 from snn_rl.network import SpikingNetwork
+from snn_rl.vision.data import read_image
 from snn_rl.vision.models import build
 from snn_rl.weights_file import fill, read_weights, write_weights
 
@@ -37,20 +39,40 @@ class Classifier:
         """T, or None for an ANN."""
         return self.network.timesteps if isinstance(self.network, SpikingNetwork) else None
 
+    def read(self, *paths: str | Path) -> Tensor:
+        """Image files -> (batch, 3, image_size, image_size) uint8, resized and cut at the centre as in evaluation.
+
+        Raises:
+            ValueError: a file that is missing or corrupt, by name.
+        """
+        size = int(self.architecture["image_size"])
+        return torch.from_numpy(np.stack([read_image(Path(path), size, convert=True) for path in paths]))
+
     def prepare(self, images: Tensor) -> Tensor:
-        """Images (batch, 3, height, width) uint8 -> what the network takes, on the images' device."""
+        """Images (batch, 3, image_size, image_size) uint8 -> what the network takes, on the images' device.
+
+        Raises:
+            ValueError: images of another type or shape.
+        """
+        size = self.architecture["image_size"]
+        if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.shape[1:] != (3, size, size):
+            what = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+            raise ValueError(
+                f"images must be a uint8 tensor (batch, 3, {size}, {size}), 0 to 255, got {what}; `read` makes one of "
+                "files, and normalisation is done here"
+            )
         shape = (1, 3, 1, 1)
         mean = torch.tensor(self.mean, device=images.device).view(shape)
         std = torch.tensor(self.std, device=images.device).view(shape)
         return ((images.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
 
     def logits(self, images: Tensor) -> Tensor:
-        """Images (batch, 3, height, width) uint8 -> logits (batch, classes); membranes start from silence."""
+        """Images (batch, 3, image_size, image_size) uint8 -> logits (batch, classes); membranes start from silence."""
         return call(self.network, self.prepare(images))
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:
-        """Images (batch, 3, height, width) uint8 -> the index of the most likely class of each, (batch,)."""
+        """Images (batch, 3, image_size, image_size) uint8 -> the index of the likeliest of ``classes``, (batch,)."""
         return self.logits(images).argmax(1)
 
 

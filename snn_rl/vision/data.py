@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -242,6 +243,14 @@ def _decode(entry: Entry, size: int, convert: bool, crops: Crops | None = None, 
         return np.asarray(image).transpose(2, 0, 1)
 
     return with_image(entry, pixels, convert)
+
+
+def read_image(path: Path, size: int, *, convert: bool) -> NDArray[np.uint8]:
+    """One file as (3, size, size), as it is evaluated. Raises ValueError where it is missing, corrupt or not RGB."""
+    try:
+        return _decode(path, size, convert)
+    except Unusable as error:
+        raise ValueError(f"{path} is {error}") from error
 
 
 def load_images(

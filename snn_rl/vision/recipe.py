@@ -28,11 +28,11 @@ class AnnTraining:
 class SnnTraining:
     """A spiking stage: conversion of the ANN, or pruning of timesteps, then surrogate gradients through time."""
 
-    percentile: float = 90.0
+    percentile: float = 90.0  # of a ReLU's input: the threshold that it becomes
     leak: float = 1.0
     leak_reset: bool = False
     epochs: int = 20
-    optimizer: str = "adam"
+    optimizer: str = "adam"  # or sgd
     learning_rate: float = 1e-4
     weight_decay: float = 0.0
     label_smoothing: float = 0.1
@@ -56,13 +56,13 @@ class VisionRecipe:
 
     name: str
     dataset: str
-    model: str
+    model: str  # vgg6, vgg16 or resnet20
     image_size: int = 32
     convert: bool = False  # images that are not RGB into RGB; else they are refused
     width: float = 1.0
     batch_norm: bool = True
     dropout: float = 0.0
-    augmentation: str = "crop-flip"
+    augmentation: str = "crop-flip"  # or none, or resized-crop-flip
     validation_images: int = 5_000
     calibration_images: int = 1_000
     batch_size: int = 128  # of all processes together
@@ -76,9 +76,9 @@ class VisionRecipe:
 
     def __post_init__(self) -> None:
         check_schedule(self.schedule)
-        check_numbers(self, fractions={"sparsity", "dropout", "leak", "label_smoothing"})
         if not self.width > 0:
             raise ValueError(f"width must be > 0, got {self.width}")
+        check_numbers(self, fractions={"sparsity", "dropout", "leak", "label_smoothing"})
         if self.total_snn_epochs is not None and self.total_snn_epochs < len(self.schedule):
             raise ValueError(
                 f"total_snn_epochs must be >= {len(self.schedule)}, one for each stage, got {self.total_snn_epochs}"

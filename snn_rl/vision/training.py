@@ -77,6 +77,8 @@ def run(
     """
     if not 0 <= seed < 100_000:
         raise ValueError(f"seed must lie in [0, 100000), got {seed}")
+    if minutes is not None and not minutes >= 0:
+        raise ValueError(f"minutes must be >= 0, got {minutes}")
     deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
     if recipe.cpu_threads is not None:
         torch.set_num_threads(recipe.cpu_threads)

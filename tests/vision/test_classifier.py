@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -42,6 +44,25 @@ def test_it_comes_back_as_it_was(timesteps: int | None, tmp_path: Path) -> None:
 def test_images_are_normalised_per_channel() -> None:
     x = classifier(None).prepare(torch.full((1, 3, 8, 8), 255, dtype=torch.uint8))
     assert x[0, :, 0, 0].tolist() == pytest.approx([0.5 / 0.2, 0.6 / 0.3, 0.7 / 0.4])
+
+
+def test_files_are_read_as_they_are_evaluated(tmp_path: Path) -> None:
+    pixels = np.arange(3 * 64, dtype=np.uint8).reshape(8, 8, 3)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    Image.fromarray(pixels).resize((24, 16)).convert("L").save(tmp_path / "b.png")
+    images = classifier(None).read(tmp_path / "a.png", str(tmp_path / "b.png"))
+    assert images.shape == (2, 3, 8, 8)
+    np.testing.assert_array_equal(images[0].permute(1, 2, 0).numpy(), pixels)
+    with pytest.raises(ValueError, match=r"c\.png is .*no such file"):
+        classifier(None).read(tmp_path / "c.png")
+
+
+@pytest.mark.parametrize(
+    "images", [torch.rand(1, 3, 8, 8), torch.zeros(1, 3, 9, 9, dtype=torch.uint8), np.zeros((1, 3, 8, 8), np.uint8)]
+)
+def test_images_of_another_kind_are_refused(images: Any) -> None:
+    with pytest.raises(ValueError, match=r"images must be a uint8 tensor \(batch, 3, 8, 8\), 0 to 255, got"):
+        classifier(None).predict(images)
 
 
 def damage(path: Path, **changes: Any) -> None:

@@ -436,7 +436,7 @@ def test_all_unusable_images_are_told_at_once(tmp_path: Path, resident: int) -> 
     message = (
         f"12 of 20 images in {tmp_path}/train cannot be used: 5 corrupt (a/000.png, a/001.png, a/002.png, ...), "
         "2 missing (a/010.png, a/011.png), 5 not RGB (a/005.png is L, a/006.png is RGBA, a/007.png is P, ...); "
-        "remove or convert them, or load with convert=True"
+        "remove or convert them, or convert them while loading (convert=True, --convert)"
     )
     with pytest.raises(ValueError, match=re.escape(message) + "$"):
         load_images(str(tmp_path), "train", 8, resident_bytes=resident)

@@ -97,6 +97,13 @@ def test_an_equal_budget_is_equal(recipe: VisionRecipe) -> None:
     assert budgets == {20}
 
 
+def test_fields_of_the_recipe_are_flags_of_reproduce(images: Path, tmp_path: Path) -> None:
+    flags = ["sparse", "--recipe", "vgg6-cifar10", "--smoke", "--dataset", str(images), "--image-size", "8"]
+    flags += ["--validation-images", "10", "--calibration-images", "10", "--batch-size", "10", "--schedule", "1"]
+    assert script.main([*flags, "--run-dir", str(tmp_path), "--device", "cpu", "--cpu-threads", "1"]) == 0
+    assert [s["stage"] for s in stages(tmp_path, "vgg6-cifar10-sparse")] == ["ann", "T1", "T1-sparse90"]
+
+
 def test_sparse_runs_the_ann_it_needs(recipe: VisionRecipe, tmp_path: Path) -> None:
     reproduce("sparse", tmp_path, recipe=dataclasses.replace(recipe, schedule=(1,)), device="cpu")
     assert [s["stage"] for s in stages(tmp_path, "tiny-sparse")] == ["ann", "T1", "T1-sparse90"]
@@ -106,7 +113,10 @@ def test_sparse_runs_the_ann_it_needs(recipe: VisionRecipe, tmp_path: Path) -> N
     ("arguments", "message"),
     [
         (["table9"], "unknown table 'table9'; there are table1, table4"),
-        (["table4", "--smoke"], "--dataset and --smoke change a recipe: say which with --recipe"),
+        (["table4", "--smoke"], "--smoke changes a recipe: say which with --recipe"),
+        (["table4", "--width", "0.5"], "--width 0.5 changes a recipe: say which with --recipe"),
+        (["table4", "--recipe", "vgg6-cifar10", "--width", "0"], "width must be > 0, got 0"),
+        (["table4", "--recipe", "vgg6-cifar10", "--dataset", "nowhere"], "no data set nowhere"),
         (["table4", "--recipe", "vgg5"], "unknown recipe 'vgg5'; there are vgg6-cifar10"),
     ],
 )
@@ -120,7 +130,10 @@ def test_bad_calls_of_reproduce_are_one_line(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "unknown recipe ''; there are vgg6-cifar10"),
+        ([], "say which recipe: vgg6-cifar10"),
+        (["--width", "1", "vgg6-cifar10"], "say which recipe: vgg6-cifar10"),
+        (["vgg5"], "unknown recipe 'vgg5'; there are vgg6-cifar10"),
+        (["vgg6-cifar10", "--dataset", "nowhere", "--minutes", "-1"], "minutes must be >= 0, got -1"),
         (["vgg6-cifar10", "--width", "0"], "width must be > 0, got 0"),
         (["vgg6-cifar10", "--snn.optimizer", "lion"], "snn.optimizer must be one of sgd, adam, got 'lion'"),
         (["vgg6-cifar10", "--augmentation", "mixup"], "augmentation must be one of none, crop-flip"),
@@ -139,9 +152,24 @@ def test_bad_calls_of_train_vision_are_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert train_vision.main([*arguments, "--device", "cpu"]) == 2
-    err = capsys.readouterr().err
-    assert message in err
-    assert err.count("\n") == 1
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("error: ")
+    assert message in last
+
+
+def test_help_needs_no_recipe_and_lists_the_fields_of_one(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, word in ((["--help"], "vgg16-cifar10"), (["vgg6-cifar10", "--help"], "--snn.percentile")):
+        with pytest.raises(SystemExit) as stop:
+            train_vision.main(arguments)
+        assert stop.value.code == 0
+        assert word in capsys.readouterr().out
+
+
+def test_a_small_folder_is_told_what_to_set(images: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    flags = ["vgg6-cifar10", "--dataset", str(images), "--run-dir", str(tmp_path), "--device", "cpu"]
+    assert train_vision.main(flags) == 2
+    assert "validation_images: 5000 held-out images would take" in (err := capsys.readouterr().err)
+    assert "of 40 training images, and with them calibration_images, 1000, and batch_size, 128" in err
 
 
 def test_time_that_is_up_is_status_3(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
