@@ -36,6 +36,7 @@ class SnnTraining:
     learning_rate: float = 1e-4
     weight_decay: float = 0.0
     label_smoothing: float = 0.1
+    distillation_weight: float = 0.0  # of the ANN's softened predictions in the loss; the labels have the rest
     patience: int | None = None  # epochs without a better validation accuracy that end a stage early
 
 
@@ -78,7 +79,7 @@ class VisionRecipe:
         check_schedule(self.schedule)
         if not self.width > 0:
             raise ValueError(f"width must be > 0, got {self.width}")
-        check_numbers(self, fractions={"sparsity", "dropout", "leak", "label_smoothing"})
+        check_numbers(self, fractions={"sparsity", "dropout", "leak", "label_smoothing", "distillation_weight"})
         if self.total_snn_epochs is not None and self.total_snn_epochs < len(self.schedule):
             raise ValueError(
                 f"total_snn_epochs must be >= {len(self.schedule)}, one for each stage, got {self.total_snn_epochs}"

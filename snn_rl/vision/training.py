@@ -238,6 +238,8 @@ def _fit(this: Run, stage: Stage, network: nn.Module, history: History) -> None:
         remove_leftovers(folder)
     masks = [(w, (w != 0).to(w.dtype)) for w in _synapse_weights(network)] if stage.variant else []
     model = DistributedDataParallel(network) if this.world > 1 else network
+    weight = 0.0 if stage.timesteps is None else recipe.snn.distillation_weight
+    teacher = load_classifier(this.directory / "ann" / MODEL, this.device).network if weight else None
     order = 1_000 * this.seed + (stage.timesteps or 0) + 100 * bool(stage.variant)  # of its own in each stage
     batches = len(this.data.train) // recipe.batch_size
     with _log(this, folder, history) as writer, _progress(this, stage, epochs * batches, history) as tick:
@@ -262,15 +264,20 @@ def _fit(this: Run, stage: Stage, network: nn.Module, history: History) -> None:
                 progress = (epoch * batches + i) / (epochs * batches)
                 for group in optimizer.param_groups:
                     group["lr"] = config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+                x = this.classifier(network, stage).prepare(images)
                 with this.autocast():
-                    logits = call(model, this.classifier(network, stage).prepare(images))
+                    logits = call(model, x)
                 loss = nn.functional.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
+                if teacher is not None:
+                    with torch.no_grad():
+                        wanted = call(teacher, x)
+                    loss = (1 - weight) * loss + weight * softened_divergence(logits.float(), wanted)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 with torch.no_grad():
-                    for weight, mask in masks:
-                        weight.mul_(mask)
+                    for synapse, mask in masks:
+                        synapse.mul_(mask)
                     seen += torch.stack([loss.detach() * len(labels), (logits.argmax(1) == labels).sum()])
                 tick()
             loss_mean, accuracy = (this.total(seen) / (batches * recipe.batch_size)).tolist()
@@ -297,6 +304,15 @@ def _fit(this: Run, stage: Stage, network: nn.Module, history: History) -> None:
                 done = f"{history.epochs} of {epochs} epochs"
                 raise OutOfTimeError(f"out of time in {stage.name} after {done}; the same call goes on")
     this.wait()
+
+
+def softened_divergence(logits: Tensor, wanted: Tensor, temperature: float = 2.0) -> Tensor:
+    """Kullback-Leibler divergence of predictions (batch, classes) from wanted ones, both softened by ``temperature``.
+
+    Times the temperature's square, so that its gradient is of the size of the labels' (Hinton et al. 2015).
+    """
+    ours, theirs = (x.div(temperature).log_softmax(1) for x in (logits, wanted))
+    return temperature**2 * nn.functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)
 
 
 def _is_stuck(config: AnnTraining | SnnTraining, history: History) -> bool:

@@ -215,6 +215,23 @@ def test_a_stage_stops_early_where_it_no_longer_improves(recipe: VisionRecipe, t
     assert results["stages"][1]["epochs"] == 4  # the first was the best, three more were not better
 
 
+def test_the_divergence_from_a_teacher_by_hand() -> None:
+    logits, wanted = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 4.0]])
+    p = [1 / (1 + np.exp(2)), 1 / (1 + np.exp(-2))]  # of the teacher, at half its logits
+    q = [1 / (1 + np.exp(-1)), 1 / (1 + np.exp(1))]
+    by_hand = 4 * sum(a * np.log(a / b) for a, b in zip(p, q, strict=True))
+    assert training.softened_divergence(logits, wanted).item() == pytest.approx(by_hand, rel=1e-5)
+    assert training.softened_divergence(wanted, wanted).item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_network_learns_from_its_ann_alone(recipe: VisionRecipe, undisturbed: Path, tmp_path: Path) -> None:
+    taught = dataclasses.replace(recipe, snn=dataclasses.replace(recipe.snn, distillation_weight=1.0))
+    results = vision.run(taught, tmp_path, device="cpu", ann=undisturbed / "ann" / "model.safetensors")
+    for stage in results["stages"][1:]:
+        assert stage["curve"]["loss"][-1] < stage["curve"]["loss"][0]
+        assert stage["accuracy"]["top1"] > 0.8
+
+
 def test_a_budget_of_epochs_is_divided(recipe: VisionRecipe, tmp_path: Path) -> None:
     results = vision.run(dataclasses.replace(recipe, total_snn_epochs=3), tmp_path, device="cpu")
     assert [s["epochs"] for s in results["stages"]] == [4, 1, 2]  # what is left over goes to the last
