@@ -101,11 +101,6 @@ class VisionRecipe:
                 f"got {self.calibration_images}"
             )
 
-    @property
-    def env_id(self) -> str:
-        """What results.json names as the place of the run: the data."""
-        return self.dataset
-
     def snn_epochs(self, timesteps: int) -> int:
         """Epochs of the stage at ``timesteps``, at most; of a budget, what is left over goes to the last stages."""
         if self.total_snn_epochs is None:
