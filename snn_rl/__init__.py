@@ -10,4 +10,5 @@ from snn_rl.neuron import LIF as LIF
 from snn_rl.policy_file import LoadedPolicy as LoadedPolicy
 from snn_rl.policy_file import load_policy as load_policy
 from snn_rl.policy_file import save_policy as save_policy
+from snn_rl.prune import prune_timesteps as prune_timesteps
 from snn_rl.recipe import Recipe as Recipe

@@ -120,7 +120,7 @@ def _train_stage(this: Run, stage: Stage) -> None:
         history.extra_steps, history.extra_updates = model.num_timesteps, model._n_updates
     else:
         model, history = _resume(this, stage) or _begin(this, stage)
-        budget = this.recipe.ann.env_steps if stage.timesteps is None else this.recipe.snn_steps
+        budget = this.recipe.ann.env_steps if stage.timesteps is None else this.recipe.snn_steps(stage.timesteps)
         callback = StageCallback(this, stage, history)
         if model.num_timesteps < budget and not callback.reached_target:
             callbacks: list[BaseCallback] = [callback]
@@ -200,8 +200,11 @@ def _begin(this: Run, stage: Stage) -> tuple[DQN, History]:
     model.teacher = teacher
     model.set_logger(configure(str(this.directory / stage.name), []))
     model.collect(parent, config.parent_steps)
-    if config.distillation_updates and config.distillation_weight:
-        model.distill(config.distillation_updates)
+    if isinstance(parent, SpikingDQN) and config.keep_rates:
+        model.keep_rates(parent)
+    updates = this.recipe.distillation_updates(stage.timesteps)
+    if updates and config.distillation_weight:
+        model.distill(updates)
     history = History(extra_steps=model.num_timesteps)
     model.num_timesteps = 0
     history.wall_seconds = time.monotonic() - started
@@ -307,7 +310,8 @@ class StageCallback(BaseCallback):
         recipe = self.this.recipe
         self.next_validation = self._next(recipe.validate_every)
         self.next_checkpoint = self._next(recipe.checkpoint_every)
-        budget = recipe.ann.env_steps if self.stage.timesteps is None else recipe.snn_steps
+        timesteps = self.stage.timesteps
+        budget = recipe.ann.env_steps if timesteps is None else recipe.snn_steps(timesteps)
         self.curve_every = max(1, budget // CURVE_POINTS)
         self.next_point = self._next(self.curve_every)
 

@@ -58,6 +58,8 @@ class SnnConfig:
     parent_steps: int = 10_000  # of the parent's play that fill the replay first
     distillation_updates: int = 300  # on it, before the stage plays itself
     env_steps: int = 20_000  # of its own play, at most
+    same_compute: bool = False  # these two are of T = 1; a stage at T has a T-th of them, which takes as long
+    keep_rates: bool = True  # thresholds fall with T (`snn_rl.prune_timesteps`); False lowers T alone, as the paper
     learning_rate: float = 1e-3  # falls linearly to a twentieth
     buffer_size: int = 50_000
     batch_size: int = 16  # windows
@@ -159,10 +161,18 @@ class Recipe:
         except TypeError as error:
             raise ValueError(f"the environment of {self.name} does not take {kwargs}: {error}") from error
 
-    @property
-    def snn_steps(self) -> int:
-        """Environment steps of one spiking stage, at most."""
-        return self.snn.env_steps if self.total_snn_steps is None else self.total_snn_steps // len(self.schedule)
+    def snn_steps(self, timesteps: int) -> int:
+        """Environment steps of the stage at ``timesteps``, at most."""
+        if self.total_snn_steps is not None:
+            return self.total_snn_steps // len(self.schedule)
+        return self._share(self.snn.env_steps, timesteps)
+
+    def distillation_updates(self, timesteps: int) -> int:
+        """Updates on the parent's play, before the stage at ``timesteps`` plays itself."""
+        return self._share(self.snn.distillation_updates, timesteps)
+
+    def _share(self, budget: int, timesteps: int) -> int:
+        return -(-budget // timesteps) if self.snn.same_compute else budget
 
     def smoke(self) -> Recipe:
         """The same stages with budgets of seconds: every line runs, nothing is learnt."""

@@ -1,8 +1,10 @@
-"""Record an agent at play: the game beside the spikes of each layer as they fire."""
+"""An agent at play, in a window or recorded: the game beside the spikes of each layer as they fire."""
 
 from __future__ import annotations
 
 import math
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -43,15 +45,9 @@ def record(policy: LoadedPolicy, env: VecEnv, path: str | Path, *, steps: int = 
     path = Path(path)
     if path.suffix not in FORMATS:
         raise ValueError(f"a video must end in {' or '.join(FORMATS)}, got {path.name!r}")
-    for name, value in (("steps", steps), ("fps", fps), ("num_envs of the environment", env.num_envs)):
-        if value < 1:
-            raise ValueError(f"{name} must be >= 1, got {value}")
+    _check(env, steps, fps)
     if path.suffix == ".gif" and fps > GIF_FPS:
         raise ValueError(f"a .gif plays at most {GIF_FPS} frames a second, got fps {fps}; write a .mp4 instead")
-    if env.num_envs != 1:
-        raise ValueError(f"only one environment can be watched, got {env.num_envs}")
-    if env.render_mode != "rgb_array":
-        raise ValueError(f"the environment's render_mode is {env.render_mode!r}; build it with 'rgb_array' to watch it")
     score = 0.0
     with atomic(path) as temporary:
         if path.suffix == ".gif":
@@ -67,6 +63,52 @@ def record(policy: LoadedPolicy, env: VecEnv, path: str | Path, *, steps: int = 
                     score += reward
                     writer.append_data(image)
     return score
+
+
+def show(policy: LoadedPolicy, env: VecEnv, *, steps: int = 300, fps: int = 15) -> float:
+    """As `record`, in a window, until it is closed or ``steps`` frames have been played; returns the sum of rewards.
+
+    Raises:
+        ValueError: no display, steps or fps out of range, an environment that draws nothing.
+    """
+    _check(env, steps, fps)
+    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+    import pygame  # only here: a server that records videos has no use for it
+
+    score = 0.0
+    try:
+        pygame.display.init()
+        screen, clock = None, pygame.time.Clock()
+        for image, reward in _play(policy, env, steps):
+            score += reward
+            if screen is None:
+                screen = pygame.display.set_mode((image.shape[1], image.shape[0]))
+                pygame.display.set_caption("snn_rl")
+            screen.blit(pygame.surfarray.make_surface(image.swapaxes(0, 1)), (0, 0))
+            pygame.display.flip()
+            if any(event.type == pygame.QUIT for event in pygame.event.get()):
+                break
+            clock.tick(fps)
+    except pygame.error as error:
+        raise ValueError(f"no window can be opened ({error}); write a video instead: --video pong.gif") from error
+    finally:
+        pygame.display.quit()
+    return score
+
+
+def has_display() -> bool:
+    """Whether a window could be seen here."""
+    return sys.platform in ("darwin", "win32") or any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
+
+
+def _check(env: VecEnv, steps: int, fps: int) -> None:
+    for name, value in (("steps", steps), ("fps", fps), ("num_envs of the environment", env.num_envs)):
+        if value < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}")
+    if env.num_envs != 1:
+        raise ValueError(f"only one environment can be watched, got {env.num_envs}")
+    if env.render_mode != "rgb_array":
+        raise ValueError(f"the environment's render_mode is {env.render_mode!r}; build it with 'rgb_array' to watch it")
 
 
 def _write_gif(path: Path, frames: Sequence[np.ndarray], fps: int) -> None:

@@ -16,13 +16,17 @@ from torch import Tensor, nn
 from snn_rl.files import atomic
 
 
-def write_weights(path: Path, network: nn.Module, form: str, description: dict[str, Any]) -> None:
-    """Write a network's state to ``path``, atomically; ``form`` names what the description means.
+def write_weights(
+    path: Path, network: nn.Module, form: str, description: dict[str, Any], *, half: bool = False
+) -> None:
+    """Write a network's state to ``path``, atomically, ``half`` in float16; ``form`` names what the description means.
 
     ``form`` is the one key of the file's metadata: safetensors writes several in random order, and a file's checksum is
     to depend on its content alone.
     """
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    if half:
+        weights = {name: w.half() if w.is_floating_point() else w for name, w in weights.items()}
     with atomic(path) as temporary:
         save_file(weights, temporary, metadata={form: json.dumps(description)})
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from stable_baselines3 import DQN
 from stable_baselines3.common.vec_env import DummyVecEnv
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -277,10 +278,39 @@ def test_an_ann_on_a_stack_teaches_an_agent_on_one_frame(tmp_path: Path) -> None
 
 def test_a_total_budget_is_divided_among_the_stages(tmp_path: Path) -> None:
     recipe = tiny(total_snn_steps=256)
-    assert recipe.snn_steps == 128
+    assert [recipe.snn_steps(t) for t in recipe.schedule] == [128, 128]
     results = run(recipe, tmp_path, 0, device="cpu")
     parent_steps = recipe.snn.parent_steps
     assert [stage["env_steps"] for stage in results["stages"][1:]] == [parent_steps + 128] * 2
+
+
+def test_stages_of_the_same_compute_play_and_learn_more_as_t_falls() -> None:
+    snn = dataclasses.replace(tiny().snn, env_steps=1_000, distillation_updates=101, same_compute=True)
+    recipe = tiny(snn=snn)
+    assert [recipe.snn_steps(t) for t in (5, 2, 1)] == [200, 500, 1_000]
+    assert [recipe.distillation_updates(t) for t in (5, 2, 1)] == [21, 51, 101]
+    assert [tiny(snn=dataclasses.replace(snn, same_compute=False)).snn_steps(t) for t in (5, 1)] == [1_000, 1_000]
+
+
+def test_a_stage_starts_with_its_parents_spike_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from snn_rl import SpikingDQN
+
+    thresholds: list[tuple[float, float]] = []
+    original = SpikingDQN.keep_rates
+
+    def keep_rates(self: SpikingDQN, parent: SpikingDQN, windows: int = 64) -> None:
+        original(self, parent, windows)
+        torch.testing.assert_close(self.q_net_target.state_dict(), self.q_net.state_dict())
+        thresholds.append(
+            tuple(next(iter(m.q_net.network.lif_layers.values())).threshold.item() for m in (parent, self))  # type: ignore[arg-type]
+        )
+
+    monkeypatch.setattr(SpikingDQN, "keep_rates", keep_rates)
+    run(tiny(), tmp_path / "a", 3, device="cpu")
+    ((before, after),) = thresholds
+    assert after < before
+    run(tiny(snn=dataclasses.replace(tiny().snn, keep_rates=False)), tmp_path / "b", 3, device="cpu")
+    assert len(thresholds) == 1
 
 
 @pytest.mark.parametrize("kill_after", ["replay", "json", "model"])

@@ -13,10 +13,11 @@ from stable_baselines3.common.env_util import make_vec_env
 
 import snn_rl.watch as watch
 from envs.classic import make_cartpole
+from scripts import watch as script
 from scripts.watch import main
 from snn_rl import SpikingDQN, save_policy
 from snn_rl.policy_file import load_policy
-from snn_rl.watch import GAME_HEIGHT, draw, record, tile
+from snn_rl.watch import GAME_HEIGHT, draw, record, show, tile
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +128,58 @@ def test_channels_are_tiled_apart() -> None:
     assert sorted(grid[~np.isnan(grid)].tolist()) == list(range(36))
     assert (grid[:3, :3] == fired[0]).all()
     assert np.isnan(grid[:, 3]).all()
+
+
+def test_a_window_shows_the_pictures(
+    policy_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pygame = pytest.importorskip("pygame")
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    monkeypatch.setattr(script, "has_display", lambda: True)
+    shown, drawn = [], []
+    flip = pygame.display.flip
+
+    def keep() -> None:
+        shown.append(pygame.surfarray.array3d(pygame.display.get_surface()).swapaxes(0, 1))
+        flip()
+
+    def draw_one(*arguments: Any) -> np.ndarray:
+        drawn.append(draw(*arguments))
+        return drawn[-1]
+
+    monkeypatch.setattr(pygame.display, "flip", keep)
+    monkeypatch.setattr(watch, "draw", draw_one)
+    assert main([str(policy_file), "--steps", "3", "--fps", "1000"]) == 0
+    assert "score 3" in capsys.readouterr().out  # one for each step of CartPole
+    assert len(shown) == 3
+    for ours, theirs in zip(drawn, shown, strict=True):
+        assert (ours == theirs).all()
+
+
+def test_closing_the_window_ends_the_play(policy_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pygame = pytest.importorskip("pygame")
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    monkeypatch.setattr(pygame.event, "get", lambda: [pygame.event.Event(pygame.QUIT)])
+    env = make_cartpole(1, seed=0, render_mode="rgb_array")
+    assert show(load_policy(policy_file), env, steps=50) == 1
+
+
+def test_without_a_display_the_video_is_a_file(
+    policy_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script, "has_display", lambda: False)
+    assert main([str(policy_file), "--steps", "2"]) == 0
+    assert (tmp_path / "watch.gif").is_file()
+    assert "watch.gif: 2 steps" in capsys.readouterr().out
+    pygame = pytest.importorskip("pygame")
+
+    def fail(_: object) -> None:
+        raise pygame.error("No available video device")
+
+    monkeypatch.setattr(pygame.display, "set_mode", fail)
+    with pytest.raises(ValueError, match=r"no window can be opened.*write a video instead: --video"):
+        show(load_policy(policy_file), make_cartpole(1, seed=0, render_mode="rgb_array"), steps=1)
 
 
 def test_bad_input_is_named(policy_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -449,6 +449,17 @@ class SpikingDQN(DQN):
             self._current_progress_remaining = 1.0  # the learning rate's schedule is this agent's, and has not begun
             self._last_obs = None  # and hand over at an episode start: the actor's membranes are not this agent's
 
+    def keep_rates(self, parent: SpikingDQN, windows: int = 64) -> None:
+        """Take the network of a ``parent`` at more micro-steps, with thresholds at which each layer fires as often.
+
+        As `snn_rl.prune_timesteps`, on ``windows`` of replayed play. Raises ValueError where the replay holds none.
+        """
+        assert self.replay_buffer is not None
+        sampled = self.replay_buffer.sample_windows(windows, self.window_length, env=self._vec_normalize_env)
+        pruned = parent.q_net.pruned(self.q_net.network.timesteps, sampled.observations, sampled.episode_start)
+        self.q_net.network.load_state_dict(pruned.state_dict())
+        self.q_net_target.load_state_dict(self.q_net.state_dict())
+
     def distill(self, gradient_steps: int) -> float:
         """Regress on ``self.teacher``'s Q-values over replayed windows; returns the mean loss of the last tenth.
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from snn_rl.convert import DEFAULT_LEAK, spiking_architecture
 from snn_rl.network import SpikingNetwork, State
+from snn_rl.prune import prune_timesteps
 
 try:
     from snn_rl.events import EventDriven
@@ -85,11 +86,18 @@ class SpikingQNetwork(QNetwork):
         self, obs: Tensor, state: State | None = None, episode_start: Tensor | None = None
     ) -> tuple[Tensor, State]:
         """Frames in sequence: ``obs`` (frames, batch, ...) -> Q-values (frames, batch, actions), last state."""
+        x, episode_start = self._sequence(obs, episode_start)
+        return self.network.unroll(x, state if self.persistent else None, episode_start)
+
+    def pruned(self, timesteps: int, obs: Tensor, episode_start: Tensor) -> SpikingNetwork:
+        """`prune_timesteps` of the network on play in sequence; ``obs`` and ``episode_start`` as in `unroll`."""
+        return prune_timesteps(self.network, timesteps, *self._sequence(obs, episode_start))
+
+    def _sequence(self, obs: Tensor, episode_start: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What the network unrolls: preprocessed frames (frames, batch, ...), and where membranes are cleared."""
         frames, batch = obs.shape[:2]
-        x = self._preprocess(obs.flatten(0, 1))
-        if not self.persistent:
-            state, episode_start = None, torch.ones(frames, batch, device=x.device)
-        return self.network.unroll(x.unflatten(0, (frames, batch)), state, episode_start)
+        x = self._preprocess(obs.flatten(0, 1)).unflatten(0, (frames, batch))
+        return x, episode_start if self.persistent else torch.ones(frames, batch, device=x.device)
 
     def act(
         self, obs: Tensor, state: NumpyState | None, episode_start: np.ndarray | None

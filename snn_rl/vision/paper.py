@@ -84,7 +84,7 @@ def skipping(recipe: VisionRecipe | None) -> list[Experiment]:
 def budget(recipe: VisionRecipe | None) -> list[Experiment]:
     """The same number of epochs in all, spent on five stages, on three, or on T1 alone."""
     r = recipe or VISION_RECIPES["vgg6-cifar10"]
-    epochs = r.snn.epochs * len(r.schedule)
+    epochs = sum(map(r.snn_epochs, r.schedule))
     return [
         _whole(r),
         *(_with(r, f"budget-{'-'.join(map(str, s))}", schedule=s, total_snn_epochs=epochs) for s in ((5, 3, 1), (1,))),
@@ -92,12 +92,15 @@ def budget(recipe: VisionRecipe | None) -> list[Experiment]:
 
 
 def transition(recipe: VisionRecipe | None) -> list[Experiment]:
-    """Figure 1d: T1 reached step by step, from T5 at once, and from the ANN at once; without training and with it."""
+    """Figure 1d: T1 reached step by step, from T5 at once, and from the ANN at once; thresholds kept and rescaled."""
     r = recipe or VISION_RECIPES["vgg16-cifar10"]
+    kept = replace(r.snn, keep_rates=False)
     untrained = replace(r.snn, epochs=1, learning_rate=0.0)
     return [
         _whole(r),
+        _with(r, "thresholds-kept", snn=kept),
         _with(r, "5-1", schedule=(5, 1)),
+        _with(r, "5-1-thresholds-kept", schedule=(5, 1), snn=kept),
         _with(r, "direct-T1", schedule=(1,)),
         _with(r, "direct-T1-untrained", schedule=(1,), snn=untrained),
     ]

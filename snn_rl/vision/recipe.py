@@ -32,6 +32,8 @@ class SnnTraining:
     leak: float = 1.0
     leak_reset: bool = False
     epochs: int = 20
+    same_compute: bool = False  # epochs are those of T = 1; a stage has epochs / T, rounded up, which take as long
+    keep_rates: bool = True  # thresholds fall with T (`snn_rl.prune_timesteps`); False lowers T alone, as the paper
     optimizer: str = "adam"  # or sgd
     learning_rate: float = 1e-4
     weight_decay: float = 0.0
@@ -104,7 +106,7 @@ class VisionRecipe:
     def snn_epochs(self, timesteps: int) -> int:
         """Epochs of the stage at ``timesteps``, at most; of a budget, what is left over goes to the last stages."""
         if self.total_snn_epochs is None:
-            return self.snn.epochs
+            return -(-self.snn.epochs // timesteps) if self.snn.same_compute else self.snn.epochs
         each, left = divmod(self.total_snn_epochs, len(self.schedule))
         return each + (len(self.schedule) - self.schedule.index(timesteps) <= left)
 
@@ -154,7 +156,7 @@ _VGG6_NARROW = dataclasses.replace(
     width=0.25,
     dropout=0.1,
     ann=AnnTraining(epochs=24, learning_rate=0.05),
-    snn=SnnTraining(epochs=6, learning_rate=1e-3),
+    snn=SnnTraining(epochs=30, same_compute=True, learning_rate=1e-3, distillation_weight=0.7),
 )
 
 _VGG16_NARROW = dataclasses.replace(

@@ -23,6 +23,7 @@ from snn_rl.activity import activity, count_spikes
 from snn_rl.convert import to_spiking
 from snn_rl.files import atomic, write_json
 from snn_rl.network import SpikingNetwork
+from snn_rl.prune import prune_timesteps
 from snn_rl.stages import (
     Stage,
     chain,
@@ -165,17 +166,25 @@ def _begin(this: Run, stage: Stage) -> nn.Module:
     assert stage.parent is not None
     parent = load_classifier(this.directory / stage.parent / MODEL, this.device)
     network = parent.network
+
+    def calibration(images: int) -> Iterator[Tensor]:
+        # evenly spread: the images of a folder lie class by class
+        spread = torch.arange(images) * len(data.validation) // images
+        batches = (data.validation.read(index, None)[0].to(this.device) for index in spread.split(EVAL_BATCH))
+        return map(parent.prepare, batches)
+
     if isinstance(network, SpikingNetwork):
-        network.timesteps = stage.timesteps
         if stage.variant:
             _prune_weights(network, recipe.sparsity)
+        elif recipe.snn.keep_rates:  # one batch, of which a layer's currents are kept: enough for a mean
+            (images,) = calibration(min(recipe.calibration_images, EVAL_BATCH))
+            network = prune_timesteps(network, stage.timesteps, images.unsqueeze(0))
+        else:
+            network.timesteps = stage.timesteps
         return network
-    # evenly spread: the images of a folder lie class by class
-    spread = torch.arange(recipe.calibration_images) * len(data.validation) // recipe.calibration_images
-    batches = (data.validation.read(index, None)[0].to(this.device) for index in spread.split(EVAL_BATCH))
     return to_spiking(
         network,
-        map(parent.prepare, batches),
+        calibration(recipe.calibration_images),
         recipe.snn.percentile,
         stage.timesteps,
         leak=recipe.snn.leak,

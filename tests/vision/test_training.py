@@ -237,6 +237,28 @@ def test_a_budget_of_epochs_is_divided(recipe: VisionRecipe, tmp_path: Path) -> 
     assert [s["epochs"] for s in results["stages"]] == [4, 1, 2]  # what is left over goes to the last
 
 
+def test_stages_of_the_same_compute_have_epochs_that_grow_as_t_falls(recipe: VisionRecipe) -> None:
+    same = dataclasses.replace(recipe, schedule=(5, 4, 3, 2, 1), snn=SnnTraining(epochs=30, same_compute=True))
+    assert [same.snn_epochs(t) for t in same.schedule] == [6, 8, 10, 15, 30]
+    assert [recipe.snn_epochs(t) for t in recipe.schedule] == [6, 6]
+
+
+def test_thresholds_that_fall_with_t_keep_spike_rates(recipe: VisionRecipe, undisturbed: Path, tmp_path: Path) -> None:
+    change = {}
+    for keep_rates in (True, False):
+        snn = SnnTraining(epochs=1, learning_rate=0.0, keep_rates=keep_rates)
+        still = dataclasses.replace(recipe, snn=snn)
+        ann = undisturbed / "ann" / "model.safetensors"
+        results = vision.run(still, tmp_path / str(keep_rates), device="cpu", ann=ann)
+        t2, t1 = (np.array(list(stage["spike_rate"]["layers"].values())) for stage in results["stages"][1:])
+        awake = t2 > 0.05
+        assert awake.sum() >= 3
+        change[keep_rates] = t1[awake] / (t2[awake] / 2)  # per micro-step
+    assert change[True] == pytest.approx(1, abs=0.1)  # calibrated on other images than these
+    assert (change[False] < change[True]).all()
+    assert change[False].mean() < 0.8
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -301,10 +323,14 @@ def start(launcher: list[str], script: str, *arguments: str, cwd: Path) -> subpr
 
 
 def test_two_processes_train_as_one_does(recipe: VisionRecipe, tmp_path: Path) -> None:
-    """Without batch-norm, whose statistics are a process's own on the CPU; doubles would agree to the last bit."""
+    """Without batch-norm, whose statistics are a process's own on the CPU; doubles would agree to the last bit.
+
+    By SGD: Adam's first steps are of one size whatever the gradient's, so that rounding decides the sign of some.
+    """
     flags = ["--dataset", recipe.dataset, "--image-size", "8", "--width", "0.0625", "--dropout", "0.0"]
     flags += ["--no-batch-norm", "--validation-images", "15", "--calibration-images", "15", "--batch-size", "14"]
     flags += ["--ann.epochs", "2", "--ann.learning-rate", "0.05", "--snn.epochs", "1", "--schedule", "2", "1"]
+    flags += ["--snn.optimizer", "sgd", "--snn.learning-rate", "0.01"]
     flags += ["--cpu-threads", "1", "--device", "cpu"]
     runs = {"one": [sys.executable], "two": TORCHRUN}
     for name, launcher in runs.items():

@@ -1,0 +1,110 @@
+"""Ship a finished run: its policies in half precision, each played again from the file that is shipped.
+
+Beside the files stands ``results.json``: what the shipped files, not the trained ones, return. The table of contents is
+made of these alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from snn_rl.evaluation import Evaluation
+from snn_rl.files import atomic, read_json, write_json
+from snn_rl.policy_file import FORMAT, LoadedPolicy, load_policy
+from snn_rl.stages import measurements
+from snn_rl.weights_file import write_weights
+
+MAX_BYTES = 8_000_000  # of one file
+
+
+def publish(
+    run_dir: Path, into: Path, play: Callable[[LoadedPolicy], Evaluation], command: str, protocol: str
+) -> dict[str, Any]:
+    """Write ``STAGE.safetensors`` of each stage of ``run_dir``, and ``results.json``, into ``into``; returns these.
+
+    ``play`` evaluates a policy on the run's test seeds; ``command`` trained the run. Weights are shipped in half
+    precision where that changes no return of these episodes, and in single precision otherwise.
+
+    Raises:
+        ValueError: a run without results, or a file of more than 8 MB.
+    """
+    if not (run_dir / "results.json").is_file():
+        raise ValueError(f"no results at {run_dir / 'results.json'}; give the folder of a finished run")
+    results = read_json(run_dir / "results.json")
+    shipped = []
+    for stage in results["stages"]:
+        trained = load_policy(run_dir / stage["stage"] / "policy.safetensors")
+        path = into / f"{stage['stage']}.safetensors"
+        evaluation = play(_write(trained, path, half=True))
+        halved = evaluation.returns == stage["eval"]["returns"]
+        if not halved:
+            evaluation = play(_write(trained, path, half=False))
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"{path} has {path.stat().st_size:,} bytes; a file to ship has {MAX_BYTES:,} at most")
+        shipped.append(
+            {
+                "stage": stage["stage"],
+                "timesteps": stage["timesteps"],
+                "precision": "half" if halved else "single",
+                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+                "eval": evaluation.as_dict(protocol),
+                **measurements(evaluation.activity),
+                **{key: stage[key] for key in ("env_steps", "updates", "wall_seconds", "hardware")},
+            }
+        )
+    kept = {key: results[key] for key in ("recipe", "env_id", "seed", "versions", "hardware")}
+    published = {**kept, "command": command, "stages": shipped}
+    write_json(into / "results.json", published)
+    return published
+
+
+def _write(trained: LoadedPolicy, path: Path, *, half: bool) -> LoadedPolicy:
+    """Write the weights in half or single precision; returns the policy as it comes back from the file."""
+    write_weights(path, trained.policy.q_net, FORMAT, trained.metadata, half=half)
+    return load_policy(path)
+
+
+def table_of_contents(folder: Path) -> Path:
+    """Write ``README.md`` into the folder of published runs, from their ``results.json``; returns its path."""
+    lines = [
+        "# Trained agents",
+        "",
+        "Play one: `python scripts/watch.py agents/pretrained/RECIPE/STAGE.safetensors`. Evaluate one:",
+        "`python scripts/evaluate.py agents/pretrained/RECIPE/STAGE.safetensors`. Mean and standard deviation of the",
+        "return over greedy episodes, one per seed, on seeds unseen in training and selection, played by the file as",
+        "it is here. `python scripts/publish.py` wrote all of this from a finished run.",
+    ]
+    for path in sorted(folder.glob("*/results.json")):
+        lines += ["", *_section(read_json(path))]
+    out = folder / "README.md"
+    with atomic(out) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return out
+
+
+def _section(results: Mapping[str, Any]) -> list[str]:
+    lines = [
+        f"## {results['recipe']}",
+        "",
+        f"{results['env_id']}, seed {results['seed']}: `{results['command']}`, {results['hardware']}.",
+        "",
+        "| file | return | episodes | spike rate | energy ANN / SNN | precision | minutes | SHA-256 |",
+        "| --- " * 8 + "|",
+    ]
+    for stage in results["stages"]:
+        spiking = stage["spike_rate"] is not None
+        cells = [
+            f"[{stage['stage']}]({results['recipe']}/{stage['stage']}.safetensors)",
+            f"{stage['eval']['mean']:.2f} ± {stage['eval']['std']:.2f}",
+            str(stage["eval"]["episodes"]),
+            f"{stage['spike_rate']['mean']:.3f}" if spiking else "-",
+            f"{stage['energy']['ann_over_snn']:.2f}" if spiking else "-",
+            stage["precision"],
+            f"{stage['wall_seconds'] / 60:.1f}",
+            f"`{stage['sha256'][:16]}`",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
