@@ -330,7 +330,7 @@ def test_two_processes_train_as_one_does(recipe: VisionRecipe, tmp_path: Path) -
     flags = ["--dataset", recipe.dataset, "--image-size", "8", "--width", "0.0625", "--dropout", "0.0"]
     flags += ["--no-batch-norm", "--validation-images", "15", "--calibration-images", "15", "--batch-size", "14"]
     flags += ["--ann.epochs", "2", "--ann.learning-rate", "0.05", "--snn.epochs", "1", "--schedule", "2", "1"]
-    flags += ["--no-snn.keep-rates"]
+    flags += ["--snn.no-keep-rates"]
     flags += ["--cpu-threads", "1", "--device", "cpu"]
     runs = {"one": [sys.executable], "two": TORCHRUN}
     for name, launcher in runs.items():
