@@ -1,0 +1,63 @@
+"""Write a policy file or a classifier as NIR (.nir) or ONNX (.onnx), by the ending of the name."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository's packages, whatever else is installed
+
+import torch
+
+from snn_rl.cli import exit_status
+from snn_rl.export import write_nir, write_onnx
+from snn_rl.network import SpikingNetwork
+from snn_rl.policy_file import load_policy
+from snn_rl.vision import load_classifier
+
+ENDINGS = (".nir", ".onnx")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("file", type=Path, help="a policy.safetensors, or a classifier's model.safetensors")
+    parser.add_argument("out", type=Path, help="OUT.nir or OUT.onnx")
+    options = parser.parse_args(argv)
+
+    def command() -> None:
+        if options.out.suffix not in ENDINGS:
+            raise ValueError(f"the file to write must end in {' or '.join(ENDINGS)}, got {options.out.name!r}")
+        network, example = _load(options.file)
+        if options.out.suffix == ".nir":
+            write_nir(network, tuple(example.shape[1:]), options.out)
+        else:
+            write_onnx(network, example, options.out)
+        print(options.out)
+
+    return exit_status(command)
+
+
+def _load(path: Path) -> tuple[SpikingNetwork, torch.Tensor]:
+    """The network, and an observation (1, ...) as it takes them."""
+    try:
+        policy = load_policy(path)
+    except ValueError as no_policy:
+        try:
+            classifier = load_classifier(path)
+        except ValueError:
+            raise no_policy from None
+        network, size = classifier.network, int(classifier.architecture["image_size"])
+        example = torch.zeros(1, 3, size, size)  # normalised, which the caller does
+    else:
+        network, space = policy.network, policy.observation_space
+        images = str(space.dtype) == "uint8"
+        example = torch.zeros(1, *(space.shape or ()), dtype=torch.uint8 if images else torch.float32)
+    if not isinstance(network, SpikingNetwork):
+        raise ValueError(f"{path} holds an ANN; export a spiking stage")
+    return network, example
+
+
+if __name__ == "__main__":
+    sys.exit(main())

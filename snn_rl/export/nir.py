@@ -1,0 +1,283 @@
+"""NIR, the neuromorphic intermediate representation (Pedersen et al. 2024): a network's graph, and back.
+
+A NIR neuron is a differential equation, ours one Euler step of it: with time step ``DT``, leak ``l`` and threshold
+``v``, an LIF of ``tau = DT / (1 - l)``, ``r = 1`` and ``v_threshold = (1 - l) v``, whose potential is ``(1 - l)`` times
+ours. A leak of 1 is an IF. NIR names no reset by subtraction: that, and T, stand in the graph's metadata, and a
+simulator has to be told. What holds for which one: docs/export.md.
+"""
+
+from __future__ import annotations
+
+import operator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from snn_rl.files import atomic
+from snn_rl.network import FrameDropout, Gain, SpikingNetwork
+from snn_rl.neuron import LIF
+
+if TYPE_CHECKING:
+    import nir
+
+DT = 1e-4  # seconds; snnTorch's importer knows no other
+
+
+def write_nir(network: SpikingNetwork, observation_shape: tuple[int, ...], path: str | Path) -> None:
+    """Write `to_nir` of a network to a ``.nir`` file, atomically."""
+    graph = to_nir(network, observation_shape)
+    with atomic(Path(path)) as temporary:
+        _nir().write(str(temporary), graph)
+
+
+def read_nir(path: str | Path, timesteps: int | None = None) -> SpikingNetwork:
+    """`from_nir` of a file. Raises ValueError where it cannot be read."""
+    if not Path(path).is_file():
+        raise ValueError(f"no file at {path}")
+    try:
+        graph = _nir().read(str(path))
+    except Exception as error:  # a foreign file may raise anything
+        raise ValueError(f"{path} is not a readable NIR file: {type(error).__name__}: {error}") from error
+    return from_nir(graph, timesteps)
+
+
+def _nir() -> Any:
+    try:
+        import nir
+    except ImportError as error:
+        raise ValueError("NIR needs the package nir: pip install 'snn_rl[nir]'") from error
+    return nir
+
+
+# --- export -------------------------------------------------------------------------------------------------------
+
+
+def to_nir(network: SpikingNetwork, observation_shape: tuple[int, ...]) -> nir.NIRGraph:
+    """The NIR graph of one micro-step, from an observation (without batch) to what is averaged over the T micro-steps.
+
+    Average pooling becomes sum pooling, which more simulators know, its factor folded into the next weights. Scalars of
+    a layer are repeated for each of its neurons, and a missing bias is one of zeros.
+
+    Raises:
+        ValueError: a layer that NIR cannot express, by name; nir is not installed.
+    """
+    walk = _Export(network, _nir())
+    parameter = next(network.parameters())
+    training = network.training
+    network.eval()  # dropout is the identity
+    try:
+        with torch.no_grad():
+            walk.run(torch.zeros(1, *observation_shape, device=parameter.device, dtype=parameter.dtype))
+    finally:
+        network.train(training)
+    resets = {lif.leak_reset for lif in network.lif_layers.values()}
+    if len(resets) > 1:
+        raise ValueError("layers with and without leak_reset in one network cannot be expressed in NIR")
+    metadata = {"timesteps": network.timesteps, "dt": DT, "reset": "subtract", "leak_reset": int(resets.pop())}
+    return walk.nir.NIRGraph(walk.nodes, walk.edges, metadata=metadata)
+
+
+class _Export(fx.Interpreter):
+    """Run an empty observation through the graph, and make a NIR node of each node on the way."""
+
+    def __init__(self, network: SpikingNetwork, nir: Any) -> None:
+        super().__init__(network.graph)
+        self.nir = nir
+        self.nodes: dict[str, Any] = {}
+        self.edges: list[tuple[str, str]] = []
+        self.names: dict[fx.Node, list[str]] = {}  # the NIR nodes whose sum is this node's output
+        self.factor: dict[fx.Node, float] = {}  # by which it is too large: what pooling would have divided by
+
+    def run_node(self, n: fx.Node) -> Any:
+        sources = n.all_input_nodes
+        x: Any = self.env[sources[0]] if sources else None
+        module = self.module.get_submodule(str(n.target)) if n.op == "call_module" else None
+        out = x if isinstance(module, LIF) or n.op == "output" else super().run_node(n)
+        factors = {self.factor[source] for source in sources}
+        if n.target is operator.add:  # several edges into one node are a sum
+            if factors != {1.0}:
+                raise _refusal(n, "a sum behind average pooling: put a convolution between them")
+            self.names[n], self.factor[n] = [name for source in sources for name in self.names[source]], 1.0
+            return out
+        if isinstance(module, FrameDropout):
+            self.names[n], self.factor[n] = self.names[sources[0]], self.factor[sources[0]]
+            return out
+        factor = factors.pop() if factors else 1.0
+        self.factor[n] = 1.0
+        node: Any
+        if n.op == "placeholder":
+            node = self.nir.Input(np.array(out.shape[1:]))
+        elif n.op == "output":
+            if factor != 1.0:
+                raise _refusal(n, "average pooling right before it: put a linear layer behind the pooling")
+            node = self.nir.Output(np.array(out.shape[1:]))
+        elif isinstance(module, LIF):
+            if factor != 1.0:
+                raise _refusal(n, "average pooling right before it: put a convolution or linear layer between them")
+            node = self._neurons(n, module, tuple(out.shape[1:]))
+        elif type(module) is nn.Linear:
+            node = self.nir.Affine(_array(module.weight) * factor, _bias(module))
+        elif isinstance(module, nn.Conv2d):
+            if module.padding_mode != "zeros":
+                raise _refusal(n, f"padding with {module.padding_mode}: use zeros")
+            node = self.nir.Conv2d(
+                tuple(x.shape[2:]),
+                _array(module.weight) * factor,
+                module.stride,
+                module.padding,
+                module.dilation,
+                module.groups,
+                _bias(module),
+            )
+        elif isinstance(module, nn.AvgPool2d):
+            kernel, stride = (np.broadcast_to(s, 2).copy() for s in (module.kernel_size, module.stride))
+            if np.any(np.asarray(module.padding)) or module.ceil_mode:
+                raise _refusal(n, "pooling with padding or ceil_mode: pool without")
+            self.factor[n] = factor / (module.divisor_override or int(kernel.prod()))
+            node = self.nir.SumPool2d(kernel, stride, np.zeros(2, dtype=int))
+        elif isinstance(module, nn.Flatten) or n.target is torch.flatten:
+            if out.dim() != 2:
+                raise _refusal(n, "flattening a part of the dimensions: flatten all")
+            self.factor[n] = factor
+            node = self.nir.Flatten(np.array(x.shape[1:]), start_dim=0)  # without the batch, which NIR does not know
+        elif isinstance(module, Gain):
+            node = self.nir.Scale(np.full(tuple(out.shape[1:]), float(module.factor) * factor, dtype=np.float32))
+        else:
+            what = type(module).__name__ if module is not None else getattr(n.target, "__name__", str(n.target))
+            raise _refusal(n, f"{what}: use Linear, Conv2d, AvgPool2d, Flatten and additions")
+        name = {"placeholder": "input", "output": "output"}.get(n.op, n.name)
+        self.nodes[name] = node
+        self.edges += [(source, name) for source in (self.names[sources[0]] if sources else ())]
+        self.names[n] = [name]
+        return out
+
+    def _neurons(self, n: fx.Node, lif: LIF, shape: tuple[int, ...]) -> Any:
+        def of_all(value: float) -> np.ndarray:
+            return np.full(shape, value, dtype=np.float64)
+
+        leak, threshold = lif.leak.item(), lif.threshold.item()
+        if leak == 0:
+            raise _refusal(n, "a leak of 0, for which tau would have to be 0: train with a larger one")
+        if leak == 1:
+            return self.nir.IF(r=of_all(1.0), v_threshold=of_all(threshold))
+        return self.nir.LIF(
+            tau=of_all(DT / (1 - leak)),
+            r=of_all(1.0),
+            v_leak=of_all(0.0),
+            v_threshold=of_all(threshold * (1 - leak)),
+        )
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().cpu().contiguous().numpy()
+
+
+def _bias(module: nn.Linear | nn.Conv2d) -> np.ndarray:
+    bias = module.weight.new_zeros(module.weight.shape[0]) if module.bias is None else module.bias
+    return _array(bias)
+
+
+def _refusal(node: fx.Node, what: str) -> ValueError:
+    return ValueError(f"node {node.name!r} cannot be expressed in NIR: {what}")
+
+
+# --- import -------------------------------------------------------------------------------------------------------
+
+
+def from_nir(graph: nir.NIRGraph, timesteps: int | None = None) -> SpikingNetwork:
+    """A NIR graph of feed-forward synapses and (leaky) integrate-and-fire neurons as a `SpikingNetwork`.
+
+    Its neurons are reset by subtraction, whatever wrote the graph. ``timesteps`` default to the graph's own metadata,
+    and to 1 where there are none; so do the time step and ``leak_reset``.
+
+    Raises:
+        ValueError: a node that has no counterpart, by name; a loop; neurons of one layer that differ.
+    """
+    nir = _nir()
+    meta = graph.metadata if isinstance(graph.metadata, dict) else {}
+    timesteps = int(meta.get("timesteps", 1)) if timesteps is None else timesteps
+    dt, leak_reset = float(meta.get("dt", DT)), bool(meta.get("leak_reset", 0))
+    sources: dict[str, list[str]] = {name: [] for name in graph.nodes}
+    for source, target in graph.edges:
+        sources[target].append(source)
+    root, built, made = nn.Module(), fx.Graph(), dict[str, fx.Node]()
+    waiting = dict(graph.nodes)
+    while waiting:
+        ready = [name for name in waiting if all(source in made for source in sources[name])]
+        if not ready:
+            raise ValueError(f"NIR nodes {sorted(waiting)} form a loop; only feed-forward graphs can be imported")
+        for name in ready:
+            node = waiting.pop(name)
+            if isinstance(node, nir.Input):
+                made[name] = built.placeholder("input")
+                continue
+            if not sources[name]:
+                raise ValueError(f"NIR node {name!r} has no input")
+            x = made[sources[name][0]]
+            for other in sources[name][1:]:
+                x = built.call_function(operator.add, (x, made[other]))
+            if isinstance(node, nir.Output):
+                made[name] = built.output(x)
+            elif isinstance(node, nir.Flatten):
+                made[name] = built.call_function(torch.flatten, (x, 1))
+            else:
+                legal = "".join(c if c.isalnum() else "_" for c in name)
+                root.add_module(legal, _module(name, node, nir, dt, leak_reset=leak_reset))
+                made[name] = built.call_module(legal, (x,))
+    return SpikingNetwork(fx.GraphModule(root, built), timesteps)
+
+
+def _module(name: str, node: Any, nir: Any, dt: float, *, leak_reset: bool) -> nn.Module:
+    if isinstance(node, nir.Affine | nir.Linear):
+        weight = torch.as_tensor(np.asarray(node.weight), dtype=torch.float32)
+        bias = getattr(node, "bias", None)
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+        return _filled(linear, weight, bias)
+    if isinstance(node, nir.Conv2d):
+        weight = torch.as_tensor(np.asarray(node.weight), dtype=torch.float32)
+        sizes = {key: _pair(getattr(node, key)) for key in ("stride", "padding", "dilation")}
+        groups = int(node.groups)
+        kernel = (weight.shape[2], weight.shape[3])
+        conv = nn.Conv2d(weight.shape[1] * groups, weight.shape[0], kernel, groups=groups, **sizes)
+        return _filled(conv, weight, node.bias)
+    if isinstance(node, nir.SumPool2d | nir.AvgPool2d):
+        sizes = {key: _pair(getattr(node, key)) for key in ("kernel_size", "stride", "padding")}
+        return nn.AvgPool2d(**sizes, divisor_override=1 if isinstance(node, nir.SumPool2d) else None)
+    if isinstance(node, nir.Scale):
+        return Gain(_one(name, "scale", node.scale))
+    if isinstance(node, nir.LIF | nir.IF):
+        threshold, r = (_one(name, key, getattr(node, key)) for key in ("v_threshold", "r"))
+        for key in ("v_leak", "v_reset"):
+            if np.any(np.asarray(getattr(node, key, 0.0))):
+                raise ValueError(f"NIR node {name!r} has {key} other than 0, which a LIF layer here does not")
+        share = 1.0 if isinstance(node, nir.IF) else dt / _one(name, "tau", node.tau)  # 1 - leak
+        leak = 1.0 if isinstance(node, nir.IF) else 1 - share
+        if not 0 <= leak <= 1 or r <= 0:
+            raise ValueError(f"NIR node {name!r} must have tau >= {dt} (the time step) and r > 0, got {node}")
+        return LIF(threshold / (share * r), leak, leak_reset=leak_reset)
+    raise ValueError(
+        f"NIR node {name!r} ({type(node).__name__}) has no counterpart here; there are Affine, Linear, Conv2d, "
+        "SumPool2d, AvgPool2d, Flatten, Scale, LIF and IF"
+    )
+
+
+def _filled(module: Any, weight: Tensor, bias: Any) -> nn.Module:
+    with torch.no_grad():
+        module.weight.copy_(weight)
+        if bias is not None:
+            module.bias.copy_(torch.as_tensor(np.asarray(bias)))
+    return module
+
+
+def _pair(value: Any) -> Any:
+    return value if isinstance(value, str) else tuple(int(v) for v in np.broadcast_to(value, 2))
+
+
+def _one(name: str, key: str, values: Any) -> float:
+    unique = np.unique(np.asarray(values))
+    if unique.size != 1:
+        raise ValueError(f"the neurons of NIR node {name!r} differ in {key}; a layer here has one for all of them")
+    return float(unique[0])

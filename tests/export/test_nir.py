@@ -1,0 +1,273 @@
+"""NIR files: back again unchanged, and run by snnTorch and Norse spike for spike."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import nir
+import numpy as np
+import pytest
+import snntorch
+import torch
+from torch import Tensor, nn
+
+from envs.atari import make_atari
+from snn_rl import SpikingNetwork, to_spiking
+from snn_rl.export import from_nir, read_nir, to_nir, write_nir
+from snn_rl.export.nir import DT
+
+warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
+norse = pytest.importorskip("norse.torch")
+
+SIZE = 24
+
+
+@pytest.fixture(scope="module")
+def play() -> Tensor:
+    """1,000 observations of Pong, (1000, 2, SIZE, SIZE), in [0, 1]."""
+    env = make_atari("pong", 8, seed=0, image_size=SIZE, frame_stack=2)
+    draw = np.random.default_rng(0)
+    observations = [env.reset()]
+    for _ in range(124):
+        observations.append(env.step(draw.integers(6, size=8))[0])
+    env.close()
+    return torch.from_numpy(np.concatenate(observations)).float() / 255
+
+
+def network(play: Tensor, timesteps: int = 1, leak: float = 0.75, **kwargs: Any) -> SpikingNetwork:
+    torch.manual_seed(0)
+    ann = nn.Sequential(
+        nn.Conv2d(2, 6, 4, 2, bias=False),
+        nn.ReLU(),
+        nn.AvgPool2d(2),
+        nn.Conv2d(6, 8, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(72, 32),
+        nn.ReLU(),
+        nn.Linear(32, 6),
+    )
+    return to_spiking(ann, play, 80.0, timesteps, leak=leak, **kwargs)
+
+
+def spikes_of(net: nn.Module, kinds: type | tuple[type, ...]) -> tuple[list[list[Tensor]], list[Any]]:
+    """For each neuron layer the spikes of each call to come, and the hooks' handles."""
+    layers = [m for m in net.modules() if isinstance(m, kinds)]
+    seen: list[list[Tensor]] = [[] for _ in layers]
+
+    def keep(into: list[Tensor]) -> Any:
+        def hook(_: nn.Module, __: Any, out: Any) -> None:
+            into.append((out[0] if isinstance(out, tuple) else out).detach().flatten())
+
+        return hook
+
+    return seen, [layer.register_forward_hook(keep(into)) for layer, into in zip(layers, seen, strict=True)]
+
+
+def ours(net: SpikingNetwork, frames: Tensor) -> tuple[list[list[Tensor]], list[Tensor]]:
+    seen, handles = spikes_of(net, type(next(iter(net.lif_layers.values()))))
+    with torch.no_grad():
+        outputs = [net(frame[None])[0][0] for frame in frames]
+    for handle in handles:
+        handle.remove()
+    return seen, outputs
+
+
+def assert_same(a: tuple[list[list[Tensor]], list[Tensor]], b: tuple[list[list[Tensor]], list[Tensor]]) -> None:
+    (spikes_a, out_a), (spikes_b, out_b) = a, b
+    assert len(spikes_a) == len(spikes_b) == 3
+    for layer_a, layer_b in zip(spikes_a, spikes_b, strict=True):
+        stacked = torch.stack(layer_a)
+        assert 0.02 < stacked.mean() < 0.9  # there is something to compare
+        assert torch.equal(stacked, torch.stack(layer_b).to(stacked.dtype))
+    torch.testing.assert_close(torch.stack(out_a), torch.stack(out_b), rtol=1e-4, atol=1e-5)
+
+
+def test_snntorch_runs_the_file_spike_for_spike(play: Tensor, tmp_path: Path) -> None:
+    from snntorch.import_nir import import_from_nir
+
+    net = network(play)
+    write_nir(net, (2, SIZE, SIZE), tmp_path / "net.nir")
+    theirs = import_from_nir(nir.read(str(tmp_path / "net.nir")))
+    seen, _ = spikes_of(theirs, snntorch.Leaky)
+    outputs = []
+    with torch.no_grad():
+        for frame in play:
+            for layer in theirs.modules():
+                if isinstance(layer, snntorch.Leaky):
+                    layer.reset_mem()
+            out = theirs(frame[None])
+            outputs.append((out[0] if isinstance(out, tuple) else out).flatten())
+    assert_same(ours(net, play), (seen, outputs))
+
+
+def test_norse_runs_the_file_spike_for_spike(play: Tensor, tmp_path: Path) -> None:
+    net = network(play)
+    write_nir(net, (2, SIZE, SIZE), tmp_path / "net.nir")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        theirs = norse.from_nir(nir.read(str(tmp_path / "net.nir")), dt=DT)
+    seen, _ = spikes_of(theirs, norse.LIFBoxCell)
+    with torch.no_grad():
+        outputs = [theirs(frame[None])[0].flatten() for frame in play]
+    assert_same(ours(net, play), (seen, outputs))
+
+
+@pytest.mark.parametrize("leak_reset", [False, True])
+def test_snntorch_told_to_subtract_runs_several_micro_steps(play: Tensor, *, leak_reset: bool) -> None:
+    from snntorch.import_nir import import_from_nir
+
+    net = network(play, timesteps=3, leak_reset=leak_reset)
+    theirs = import_from_nir(to_nir(net, (2, SIZE, SIZE)))
+    for name, layer in list(theirs.named_modules()):
+        if isinstance(layer, snntorch.Leaky):  # which choose how to reset when they are built
+            told = {"reset_mechanism": "subtract", "reset_delay": not leak_reset, "init_hidden": True}
+            theirs.set_submodule(name, snntorch.Leaky(layer.beta, layer.threshold, **told))
+    layers = [m for m in theirs.modules() if isinstance(m, snntorch.Leaky)]
+    seen, _ = spikes_of(theirs, snntorch.Leaky)
+    outputs = []
+    with torch.no_grad():
+        for frame in play[:200]:
+            for layer in layers:
+                layer.reset_mem()
+            outs = [theirs(frame[None]) for _ in range(3)]
+            outputs.append(torch.stack([(o[0] if isinstance(o, tuple) else o).flatten() for o in outs]).mean(0))
+    assert_same(ours(net, play[:200]), ([[torch.cat(s[i : i + 3]) for i in range(0, 600, 3)] for s in seen], outputs))
+
+
+def test_norse_told_to_subtract_runs_several_micro_steps_of_leak_reset(play: Tensor) -> None:
+    from norse.torch.functional.reset import reset_subtract
+
+    net = network(play, timesteps=3, leak_reset=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        theirs = norse.from_nir(to_nir(net, (2, SIZE, SIZE)), dt=DT)
+    for cell in theirs.modules():
+        if isinstance(cell, norse.LIFBoxCell):
+            cell.p = cell.p._replace(reset_method=reset_subtract)
+    seen, _ = spikes_of(theirs, norse.LIFBoxCell)
+    outputs = []
+    with torch.no_grad():
+        for frame in play[:200]:
+            state, outs = None, []
+            for _ in range(3):
+                out, state = theirs(frame[None], state)
+                outs.append(out.flatten())
+            outputs.append(torch.stack(outs).mean(0))
+    assert_same(ours(net, play[:200]), ([[torch.cat(s[i : i + 3]) for i in range(0, 600, 3)] for s in seen], outputs))
+
+
+@pytest.mark.parametrize("leak", [0.75, 1.0])
+@pytest.mark.parametrize("leak_reset", [False, True])
+def test_a_file_comes_back_as_the_network_it_was(
+    play: Tensor, tmp_path: Path, leak: float, *, leak_reset: bool
+) -> None:
+    net = network(play, timesteps=3, leak=leak, leak_reset=leak_reset)
+    write_nir(net, (2, SIZE, SIZE), tmp_path / "net.nir")
+    back = read_nir(tmp_path / "net.nir")
+    assert back.timesteps == 3
+    frames = play[:64].unflatten(0, (8, 8))  # (frames, batch, ...): membranes persist
+    with torch.no_grad():
+        (a, state_a), (b, state_b) = net.unroll(frames), back.unroll(frames)
+    torch.testing.assert_close(a, b)
+    torch.testing.assert_close(state_a, state_b, rtol=1e-4, atol=1e-5)
+    assert [p.name for p in tmp_path.iterdir()] == ["net.nir"]
+
+
+def test_a_residual_network_comes_back(tmp_path: Path) -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.relu(self.a(x))
+            return self.c(torch.relu(self.b(h) + h))
+
+    x = torch.randn(200, 5)
+    net = to_spiking(Residual(), x, timesteps=2)
+    write_nir(net, (5,), tmp_path / "net.nir")
+    torch.testing.assert_close(read_nir(tmp_path / "net.nir")(x)[0], net(x)[0])
+
+
+def test_a_neuron_of_nir_is_an_euler_step_of_ours(play: Tensor) -> None:
+    net = network(play, leak=0.75)
+    neurons = [node for node in to_nir(net, (2, SIZE, SIZE)).nodes.values() if isinstance(node, nir.LIF)]
+    assert [node.v_threshold.shape for node in neurons] == [(6, 11, 11), (8, 3, 3), (32,)]
+    for node, lif in zip(neurons, net.lif_layers.values(), strict=True):
+        v, u = 0.0, 0.0
+        for current in (0.3, 0.2, 0.1):
+            v += DT / node.tau.flat[0] * (node.v_leak.flat[0] - v + node.r.flat[0] * current)
+            u = lif.leak.item() * u + current
+            assert v / node.v_threshold.flat[0] == pytest.approx(u / lif.threshold.item())
+
+
+def test_a_leak_of_one_is_an_integrator(play: Tensor) -> None:
+    graph = to_nir(network(play, leak=1.0), (2, SIZE, SIZE))
+    assert sum(isinstance(node, nir.IF) for node in graph.nodes.values()) == 3
+
+
+@pytest.mark.parametrize(
+    ("ann", "shape", "leak", "message"),
+    [
+        (nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), (4,), 0.0, "'_1'.*a leak of 0"),
+        (
+            nn.Sequential(nn.Conv2d(1, 2, 3), nn.AvgPool2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2)),
+            (1, 6, 6),
+            0.9,
+            "'_2'.*average pooling right before it",
+        ),
+        (
+            nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 2)),
+            (1, 6, 6),
+            0.9,
+            "'_2'.*AdaptiveAvgPool2d: use",
+        ),
+        (
+            nn.Sequential(
+                nn.Conv2d(1, 2, 3, padding=1, padding_mode="reflect"), nn.ReLU(), nn.Flatten(), nn.Linear(72, 2)
+            ),
+            (1, 6, 6),
+            0.9,
+            "'_0'.*padding with reflect: use zeros",
+        ),
+    ],
+)
+def test_what_nir_cannot_express_is_refused_by_name(
+    ann: nn.Module, shape: tuple[int, ...], leak: float, message: str
+) -> None:
+    net = to_spiking(ann, torch.randn(64, *shape), leak=leak)
+    with pytest.raises(ValueError, match=message):
+        to_nir(net, shape)
+
+
+def test_what_has_no_counterpart_here_is_refused_by_name() -> None:
+    ones = np.ones(2)
+
+    def graph(node: Any) -> Any:
+        nodes = {"input": nir.Input(np.array([2])), "x": node, "output": nir.Output(np.array([2]))}
+        return nir.NIRGraph(nodes, [("input", "x"), ("x", "output")], type_check=False)
+
+    cases = [
+        (nir.CubaLIF(ones, ones, ones, 0 * ones, ones, w_in=ones), "'x' .CubaLIF. has no counterpart"),
+        (nir.LIF(ones, ones, 0 * ones, np.array([1.0, 2.0])), "neurons of NIR node 'x' differ in v_threshold"),
+        (nir.LIF(ones, ones, ones, ones), "'x' has v_leak other than 0"),
+        (nir.LIF(ones * DT / 2, ones, 0 * ones, ones), "'x' must have tau >= 0.0001"),
+    ]
+    for node, message in cases:
+        with pytest.raises(ValueError, match=message):
+            from_nir(graph(node))
+    loop = graph(nir.Affine(np.eye(2), np.zeros(2)))
+    loop.edges.append(("x", "x"))
+    with pytest.raises(ValueError, match="form a loop"):
+        from_nir(loop)
+
+
+def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no file at"):
+        read_nir(tmp_path / "none.nir")
+    (tmp_path / "bad.nir").write_bytes(b"\x89HDF nonsense")
+    with pytest.raises(ValueError, match=r"bad\.nir is not a readable NIR file"):
+        read_nir(tmp_path / "bad.nir")
