@@ -158,9 +158,12 @@ def environment_of(
     """
     provenance = policy.metadata["provenance"]
     name = provenance.get("recipe")
-    if name not in recipes:
+    if not isinstance(name, str) or name not in recipes:
         raise ValueError(f"the policy file was made by the recipe {name!r}; there are {', '.join(recipes)}")
-    return recipes[name].build_env(num_envs, seed, **{**provenance["env_kwargs"], **overrides})
+    env_kwargs = provenance.get("env_kwargs", {})
+    if not isinstance(env_kwargs, dict):
+        raise ValueError(f"the policy file's env_kwargs must be an object, got {env_kwargs!r}")
+    return recipes[name].build_env(num_envs, seed, **{**env_kwargs, **overrides})
 
 
 def print_results(results: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ Loading runs no code from the file: names in it select from the classes listed h
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,13 @@ import numpy as np
 from gymnasium import spaces
 from stable_baselines3 import DQN
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor, NatureCNN
-from stable_baselines3.dqn.policies import DQNPolicy
+from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
 from torch import nn
 
 from snn_rl.dqn.features import ConvExtractor
-from snn_rl.dqn.policy import NumpyState, SpikingDQNPolicy
+from snn_rl.dqn.policy import NumpyState, SpikingDQNPolicy, SpikingQNetwork
 from snn_rl.network import SpikingNetwork
-from snn_rl.weights_file import fill, read_weights, write_weights
+from snn_rl.weights_file import MAX_TIMESTEPS, check_fits, read_weights, write_weights
 
 FORMAT = "snn_rl-policy-2"
 EXTRACTORS: dict[str, type[BaseFeaturesExtractor]] = {
@@ -27,6 +28,11 @@ EXTRACTORS: dict[str, type[BaseFeaturesExtractor]] = {
     "NatureCNN": NatureCNN,
     "ConvExtractor": ConvExtractor,
 }
+
+
+# What a file may ask for before its weights can be compared with it.
+MAX_OBSERVATION = 2**24  # entries
+MAX_ACTIONS = 2**16
 
 
 @dataclass(frozen=True)
@@ -108,34 +114,69 @@ def load_policy(path: str | Path, device: str = "cpu") -> LoadedPolicy:
     path = Path(path)
     metadata, weights = read_weights(path, FORMAT, "policy", "policy.safetensors")
     try:
-        policy = _build(metadata)
+        description = _Description(metadata)
+        check_fits(description.q_net, weights)
+        policy = description.policy()
+        policy.q_net.load_state_dict(weights)
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, ArithmeticError, AssertionError) as error:
-        raise ValueError(f"{path} describes no policy that can be built: {type(error).__name__}: {error}") from error
-    fill(policy.q_net, weights, path)
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} describes no policy that can be built: {type(error).__name__}: {reason}") from error
     policy.set_training_mode(False)
     return LoadedPolicy(policy.to(device), metadata)
 
 
-def _build(metadata: dict[str, Any]) -> DQNPolicy:
-    extractor = metadata["features_extractor"]
-    if extractor not in EXTRACTORS:
-        raise ValueError(f"unknown features extractor {extractor!r}, known are {sorted(EXTRACTORS)}")
-    kwargs = dict(metadata["features_extractor_kwargs"])
-    if "convolutions" in kwargs:
-        kwargs["convolutions"] = tuple(map(tuple, kwargs["convolutions"]))
-    common: dict[str, Any] = {
-        "net_arch": list(metadata["net_arch"]),
-        "features_extractor_class": EXTRACTORS[extractor],
-        "features_extractor_kwargs": kwargs,
-        "normalize_images": bool(metadata["normalize_images"]),
-    }
-    observation_space = _space_from_json(metadata["observation_space"])
-    action_space = _space_from_json(metadata["action_space"])
-    if not isinstance(action_space, spaces.Discrete):
-        raise ValueError(f"the action space must be Discrete, got {action_space}")
-    if metadata["spiking"] is None:
-        return DQNPolicy(observation_space, action_space, _no_schedule, **common)
-    return SpikingDQNPolicy(observation_space, action_space, _no_schedule, **common, **metadata["spiking"])
+class _Description:
+    """What a policy file says of its network, checked as far as it can be without building it."""
+
+    def __init__(self, metadata: dict[str, Any]) -> None:
+        extractor = metadata["features_extractor"]
+        if extractor not in EXTRACTORS:
+            raise ValueError(f"unknown features extractor {extractor!r}, known are {sorted(EXTRACTORS)}")
+        self.extractor = EXTRACTORS[extractor]
+        self.extractor_kwargs = dict(metadata["features_extractor_kwargs"])
+        if "convolutions" in self.extractor_kwargs:
+            self.extractor_kwargs["convolutions"] = tuple(map(tuple, self.extractor_kwargs["convolutions"]))
+        self.net_arch = list(metadata["net_arch"])
+        self.normalize_images = bool(metadata["normalize_images"])
+        self.observation_space = _space_from_json(metadata["observation_space"])
+        action_space = _space_from_json(metadata["action_space"])
+        if not isinstance(action_space, spaces.Discrete):
+            raise ValueError(f"the action space must be Discrete, got {action_space}")
+        self.action_space = action_space
+        if not isinstance(metadata["provenance"], dict):
+            raise ValueError(f"provenance must be an object, got {metadata['provenance']!r}")
+        self.spiking = metadata["spiking"]
+        if self.spiking is None:
+            return
+        if self.spiking.get("timesteps", 1) > MAX_TIMESTEPS:
+            raise ValueError(f"timesteps must be <= {MAX_TIMESTEPS}, got {self.spiking['timesteps']}")
+        for name in ("leak_reset", "persistent"):
+            if not isinstance(self.spiking.get(name, False), bool):
+                raise ValueError(f"{name} must be true or false, got {self.spiking[name]!r}")
+
+    def q_net(self) -> nn.Module:
+        """The network alone, as `policy` builds it."""
+        extractor = self.extractor(self.observation_space, **self.extractor_kwargs)
+        kwargs: dict[str, Any] = {
+            "observation_space": self.observation_space,
+            "action_space": self.action_space,
+            "features_extractor": extractor,
+            "features_dim": extractor.features_dim,
+            "net_arch": self.net_arch,
+            "normalize_images": self.normalize_images,
+        }
+        return QNetwork(**kwargs) if self.spiking is None else SpikingQNetwork(**kwargs, **self.spiking)
+
+    def policy(self) -> DQNPolicy:
+        kwargs: dict[str, Any] = {
+            "net_arch": self.net_arch,
+            "features_extractor_class": self.extractor,
+            "features_extractor_kwargs": self.extractor_kwargs,
+            "normalize_images": self.normalize_images,
+        }
+        if self.spiking is None:
+            return DQNPolicy(self.observation_space, self.action_space, _no_schedule, **kwargs)
+        return SpikingDQNPolicy(self.observation_space, self.action_space, _no_schedule, **kwargs, **self.spiking)
 
 
 def _no_schedule(_: float) -> float:
@@ -156,9 +197,16 @@ def _space_to_json(space: spaces.Space) -> dict[str, Any]:
 
 def _space_from_json(value: dict[str, Any]) -> spaces.Space:
     if value["type"] == "Discrete":
-        return spaces.Discrete(int(value["n"]))
+        n = int(value["n"])
+        if not 1 <= n <= MAX_ACTIONS:
+            raise ValueError(f"the number of actions must lie in [1, {MAX_ACTIONS}], got {n}")
+        return spaces.Discrete(n)
     if value["type"] == "Box":
-        shape, dtype = tuple(map(int, value["shape"])), np.dtype(value["dtype"])
+        shape, dtype = tuple(map(int, value["shape"])), np.dtype(str(value["dtype"]))
+        if not all(side >= 1 for side in shape) or math.prod(shape) > MAX_OBSERVATION:
+            raise ValueError(f"an observation must have 1 to {MAX_OBSERVATION:,} entries, got shape {shape}")
+        if dtype.kind not in "uif":
+            raise ValueError(f"observations must be integers or floating point numbers, got {dtype}")
         low, high = (np.broadcast_to(np.asarray(value[key], dtype=dtype), shape) for key in ("low", "high"))
         return spaces.Box(low, high, shape, dtype=dtype.type)
     raise ValueError(f"unknown space {value['type']!r}")

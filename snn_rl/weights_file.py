@@ -6,14 +6,18 @@ Reading runs no code from the file: nothing in it is unpickled.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from snn_rl.files import atomic
+
+MAX_TIMESTEPS = 2**10  # of a file's network
 
 
 def write_weights(
@@ -49,7 +53,7 @@ def read_weights(path: Path, form: str, kind: str, name: str) -> tuple[dict[str,
         raise ValueError(f"{path} is a safetensors file, but not a {kind} of this package (its metadata lack {form!r})")
     try:
         description = json.loads(header[form])
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # RecursionError: brackets in brackets, thousands deep
         raise ValueError(f"{path} describes no {kind} that can be built: {error}") from error
     if not isinstance(description, dict):
         raise ValueError(
@@ -58,10 +62,23 @@ def read_weights(path: Path, form: str, kind: str, name: str) -> tuple[dict[str,
     return description, weights
 
 
-def fill(network: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    """Load ``weights`` into ``network``. Raises ValueError where they do not fit it."""
-    try:
-        network.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: its weights do not fit its description: {reason}") from error
+def check_fits(build: Callable[[], nn.Module], weights: Mapping[str, Tensor]) -> None:
+    """Refuse weights that are not those of the network that ``build`` makes.
+
+    It is built without memory: a description may speak of any sizes, a file's weights have those it holds.
+
+    Raises:
+        ValueError: other names or shapes than the network's, or weights that are not finite.
+    """
+    with torch.device("meta"):
+        expected = build().state_dict()
+    if odd := expected.keys() ^ weights.keys():
+        raise ValueError(f"its weights do not fit its description: {sorted(odd)[:3]}")
+    for name, weight in weights.items():
+        if weight.shape != expected[name].shape:
+            raise ValueError(
+                f"its weights do not fit its description: {name} has shape {tuple(weight.shape)} instead of "
+                f"{tuple(expected[name].shape)}"
+            )
+        if weight.is_floating_point() != expected[name].is_floating_point() or not torch.isfinite(weight).all():
+            raise ValueError(f"{name} must hold finite numbers of {expected[name].dtype}, got {weight.dtype}")

@@ -478,6 +478,14 @@ class SpikingDQN(DQN):
         self.q_net_target.load_state_dict(self.q_net.state_dict())
         return float(np.mean(losses[-max(1, gradient_steps // 10) :]))
 
+    @classmethod
+    def load(cls: type[SelfSpikingDQN], *args: Any, **kwargs: Any) -> SelfSpikingDQN:
+        """SB3's ``load``, for files that you trust: a ``model.zip`` is unpickled, and so can run code of its writer.
+
+        What comes from elsewhere is loaded by `snn_rl.load_policy`, from a ``policy.safetensors``, which runs none.
+        """
+        return super().load(*args, **kwargs)
+
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "teacher", "_actor"]
 

@@ -15,9 +15,10 @@ from snn_rl.convert import spiking_architecture
 from snn_rl.network import SpikingNetwork
 from snn_rl.vision.data import read_image
 from snn_rl.vision.models import build
-from snn_rl.weights_file import fill, read_weights, write_weights
+from snn_rl.weights_file import MAX_TIMESTEPS, check_fits, read_weights, write_weights
 
 FORMAT = "snn_rl-classifier-1"
+MAX_IMAGE_SIZE = 2**12  # that a file may ask for before its weights can be compared with it
 
 
 @dataclass(frozen=True)
@@ -112,16 +113,26 @@ def load_classifier(path: str | Path, device: str = "cpu") -> Classifier:
         if not isinstance(metadata["classes"], list) or not isinstance(metadata["provenance"], dict):
             raise ValueError("classes must be a list and provenance an object")
         classes = tuple(map(str, metadata["classes"]))
-        network: nn.Module = build(classes=len(classes), **metadata["architecture"]).eval()
-        if metadata["spiking"] is not None:
-            network = spiking_architecture(network, **metadata["spiking"])
+        architecture, spiking = metadata["architecture"], metadata["spiking"]
+        if architecture.get("image_size", 1) > MAX_IMAGE_SIZE:
+            raise ValueError(f"image_size must be <= {MAX_IMAGE_SIZE}, got {architecture['image_size']}")
+        if spiking is not None and spiking["timesteps"] > MAX_TIMESTEPS:
+            raise ValueError(f"timesteps must be <= {MAX_TIMESTEPS}, got {spiking['timesteps']}")
+
+        def rebuild() -> nn.Module:
+            ann = build(classes=len(classes), **architecture).eval()
+            return ann if spiking is None else spiking_architecture(ann, **spiking)
+
+        check_fits(rebuild, weights)
+        network = rebuild()
+        network.load_state_dict(weights)
         mean, std = (tuple(map(float, metadata[key])) for key in ("mean", "std"))
         if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean + std)) or not all(s > 0 for s in std):
             raise ValueError(f"mean and std must be three numbers each, std > 0, got {mean} and {std}")
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, OverflowError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, ArithmeticError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{path} describes no classifier that can be built: {type(error).__name__}: {error}"
+            f"{path} describes no classifier that can be built: {type(error).__name__}: {reason}"
         ) from error
-    fill(network, weights, path)
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Classifier(network, metadata["architecture"], classes, mean, std, metadata["provenance"])
