@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BENCH := .venv-bench
 
-.PHONY: help install pong cartpole test lint format bench clean
+.PHONY: help install pong cartpole watch test lint format bench clean
 
 help:  ## List the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -25,6 +25,11 @@ pong: $(STAMP)  ## Train the Pong agents (ARGS="--recipe pong --seed 1" ...)
 
 cartpole: $(STAMP)  ## Train the CartPole agents
 	$(BIN)/python scripts/train_cartpole.py $(ARGS)
+
+# A window where there is a display, watch.gif where there is none.
+FILE := agents/pretrained/pong-lite/T1.safetensors
+watch: $(STAMP)  ## Watch a trained agent play (FILE=..., ARGS="--steps 2000 --video pong.gif")
+	$(BIN)/python scripts/watch.py $(FILE) $(ARGS)
 
 test: $(STAMP)  ## Run the tests
 	$(BIN)/python -m pytest -n 2 $(ARGS)

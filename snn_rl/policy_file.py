@@ -137,6 +137,10 @@ class _Description:
         if "convolutions" in self.extractor_kwargs:
             self.extractor_kwargs["convolutions"] = tuple(map(tuple, self.extractor_kwargs["convolutions"]))
         self.net_arch = list(metadata["net_arch"])
+        sizes = [*self.net_arch, self.extractor_kwargs.get("features_dim", 1)]
+        sizes += [size for layer in self.extractor_kwargs.get("convolutions", ()) for size in layer]
+        if not all(type(size) is int and size >= 1 for size in sizes):
+            raise ValueError(f"the sizes of layers must be integers >= 1, got {sizes}")
         self.normalize_images = bool(metadata["normalize_images"])
         self.observation_space = _space_from_json(metadata["observation_space"])
         action_space = _space_from_json(metadata["action_space"])
@@ -207,6 +211,7 @@ def _space_from_json(value: dict[str, Any]) -> spaces.Space:
             raise ValueError(f"an observation must have 1 to {MAX_OBSERVATION:,} entries, got shape {shape}")
         if dtype.kind not in "uif":
             raise ValueError(f"observations must be integers or floating point numbers, got {dtype}")
-        low, high = (np.broadcast_to(np.asarray(value[key], dtype=dtype), shape) for key in ("low", "high"))
+        with np.errstate(over="raise"):
+            low, high = (np.broadcast_to(np.asarray(value[key], dtype=dtype), shape) for key in ("low", "high"))
         return spaces.Box(low, high, shape, dtype=dtype.type)
     raise ValueError(f"unknown space {value['type']!r}")

@@ -166,6 +166,7 @@ def test_code_in_any_field_is_not_run(file: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"net_arch": [0, 4]}, "the sizes of layers must be integers >= 1"),
         ({"net_arch": [10**9, 10**9]}, "its weights do not fit its description"),
         (
             {"observation_space": {"type": "Box", "low": 0, "high": 1, "shape": [10**5] * 3, "dtype": "float32"}},

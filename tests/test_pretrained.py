@@ -1,0 +1,48 @@
+"""What is shipped loads, is what the table of contents says it is, and plays."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agents import RECIPES
+from snn_rl.cli import environment_of
+from snn_rl.evaluation import evaluate
+from snn_rl.policy_file import load_policy
+from snn_rl.publish import MAX_BYTES, table_of_contents
+from snn_rl.recipe import TEST_SEEDS
+
+FOLDER = Path(__file__).resolve().parents[1] / "agents" / "pretrained"
+PUBLISHED = {path.parent.name: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*/results.json"))}
+STAGES = [(recipe, stage) for recipe, results in PUBLISHED.items() for stage in results["stages"]]
+# Return after a few seconds of play (emulator frames of an episode, least mean return): what a random agent never has.
+SHORT = {"pong-lite": (2_400, -3.0)}
+
+
+@pytest.mark.parametrize(("recipe", "stage"), STAGES, ids=[f"{recipe}-{stage['stage']}" for recipe, stage in STAGES])
+def test_a_shipped_file_plays(recipe: str, stage: dict[str, Any]) -> None:
+    path = FOLDER / recipe / f"{stage['stage']}.safetensors"
+    content = path.read_bytes()
+    assert len(content) <= MAX_BYTES
+    assert hashlib.sha256(content).hexdigest() == stage["sha256"]
+    policy = load_policy(path)
+    assert policy.timesteps == stage["timesteps"]
+    assert policy.metadata["provenance"]["recipe"] == recipe
+    frames, least = SHORT.get(recipe, (None, 0.9 * stage["eval"]["mean"]))
+    short = {} if frames is None else {"max_episode_frames": frames}
+    played = evaluate(policy, environment_of(policy, RECIPES, 4, TEST_SEEDS, **short), 4)
+    assert played.mean >= least
+
+
+def test_nothing_else_is_shipped_and_the_table_is_up_to_date(tmp_path: Path) -> None:
+    listed = {FOLDER / recipe / f"{stage['stage']}.safetensors" for recipe, stage in STAGES}
+    assert listed
+    assert set(FOLDER.glob("*/*.safetensors")) == listed
+    for recipe in PUBLISHED:
+        (tmp_path / recipe).mkdir()
+        (tmp_path / recipe / "results.json").write_text((FOLDER / recipe / "results.json").read_text())
+    assert table_of_contents(tmp_path).read_text() == (FOLDER / "README.md").read_text()
