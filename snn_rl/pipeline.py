@@ -334,6 +334,13 @@ class StageCallback(BaseCallback):
         return True
 
     def _on_rollout_start(self) -> None:
+        # Of SB3's own DQN, which looks at no loss; before anything of it is kept. A spiking stage has looked itself.
+        loss = self.model.logger.name_to_value.get("train/loss", 0.0)
+        if not np.isfinite(loss):
+            raise ValueError(
+                f"the loss of {self.stage.name} is {loss} after {self.model._n_updates} updates; train with a lower "
+                f"learning rate in another --run-dir. {self.folder} keeps its last checkpoint"
+            )
         # Between a rollout and the next, where the replay holds every step that was taken.
         if self.num_timesteps >= self.next_checkpoint:
             self.next_checkpoint = self._next(self.this.recipe.checkpoint_every)

@@ -292,6 +292,26 @@ def test_stages_of_the_same_compute_play_and_learn_more_as_t_falls() -> None:
     assert [tiny(snn=dataclasses.replace(snn, same_compute=False)).snn_steps(t) for t in (5, 1)] == [1_000, 1_000]
 
 
+def test_an_ann_whose_loss_is_not_finite_stops_and_keeps_its_checkpoint(tmp_path: Path) -> None:
+    recipe = tiny(ann=dataclasses.replace(tiny().ann, learning_rate=1e-3, final_learning_rate=1e-3))
+    original = pipeline.StageCallback._checkpoint
+
+    class Poisoned(pipeline.StageCallback):
+        def _checkpoint(self) -> None:
+            original(self)
+            with torch.no_grad():
+                for parameter in self.model.policy.parameters():
+                    parameter.fill_(torch.nan)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "StageCallback", Poisoned)
+        with pytest.raises(ValueError, match=r"the loss of ann is nan after \d+ updates; train with a lower"):
+            run(recipe, tmp_path, 0, device="cpu")
+    kept = DQN.load(tmp_path / "ann" / "checkpoint.zip", device="cpu")
+    assert all(torch.isfinite(p).all() for p in kept.policy.parameters())
+    assert len(run(recipe, tmp_path, 0, device="cpu")["stages"]) == 3  # and goes on from it
+
+
 def test_a_stage_starts_with_its_parents_spike_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from snn_rl import SpikingDQN
 

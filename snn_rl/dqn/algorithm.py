@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any, ClassVar, TypeVar
@@ -271,10 +272,23 @@ class SpikingDQN(DQN):
             self.logger.record_mean(f"spike_rate/{name}", rate)
         self.policy.optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+        value = loss.item()
+        if not (math.isfinite(value) and math.isfinite(norm)):  # before the step, which would spoil every weight
+            raise ValueError(self._why_not_finite(windows, value))
         self.policy.optimizer.step()
         self._n_updates += 1
-        return loss.item()
+        return value
+
+    def _why_not_finite(self, windows: Windows, loss: float) -> str:
+        for name, values in (("observations", windows.observations), ("rewards", windows.rewards)):
+            if not torch.isfinite(values).all():
+                return f"the replayed {name} hold NaN or infinity in update {self._n_updates}: repair the environment"
+        for name, parameter in self.policy.named_parameters():
+            if not torch.isfinite(parameter).all():
+                return f"the weights {name} hold NaN or infinity in update {self._n_updates}: load a good checkpoint"
+        rate = self.policy.optimizer.param_groups[0]["lr"]
+        return f"the loss is {loss} in update {self._n_updates}: train with a learning rate below {rate:g}"
 
     def _loss(self, windows: Windows) -> Tensor:
         q_t, state = self._unroll(self.q_net, windows)

@@ -118,10 +118,18 @@ class SequenceReplayBuffer(ReplayBuffer):
         done: np.ndarray,
         infos: list[dict[str, Any]],
     ) -> None:
-        """Store one transition per environment; ``next_obs`` holds terminal observations where ``done``, as in SB3."""
+        """Store one transition per environment; ``next_obs`` holds terminal observations where ``done``, as in SB3.
+
+        Raises:
+            ValueError: NaN or infinity from an environment (nothing is stored), or an observation that is no stack.
+        """
         shape = (self.n_envs, *self.obs_shape)
         obs, next_obs = np.asarray(obs).reshape(shape), np.asarray(next_obs).reshape(shape)
         actions, rewards = np.asarray(action).reshape(self.n_envs), np.asarray(reward).reshape(self.n_envs)
+        for name, values in (("observation", obs), ("observation", next_obs), ("reward", rewards)):
+            if values.dtype.kind == "f" and not np.isfinite(values).all():
+                i = int(np.argwhere(~np.isfinite(values))[0, 0])
+                raise ValueError(f"the {name} of environment {i} holds NaN or infinity: repair the environment")
         if self.newest is None:
             self.newest = np.empty(shape, dtype=self.frames.dtype)
         for i in range(self.n_envs):

@@ -346,6 +346,32 @@ def test_it_learns_a_task_that_needs_memory() -> None:
     assert score(persistent=False) < 0.75  # chance is 0.5
 
 
+@pytest.mark.parametrize("what", ["rewards", "observations", "weights", "loss"])
+def test_what_is_not_finite_stops_training_before_it_spoils_the_weights(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = model()
+    agent.learn(100)
+    assert agent.replay_buffer is not None
+    message = f"the replayed {what} hold NaN or infinity in update {agent._n_updates}: repair"
+    if what == "rewards":
+        agent.replay_buffer.slot_rewards[:] = np.nan
+    elif what == "observations":
+        agent.replay_buffer.frames[:] = np.inf
+    elif what == "weights":
+        message = r"the weights q_net\.\S+ hold NaN or infinity in update"
+        with torch.no_grad():
+            next(agent.q_net.parameters()).view(-1)[0] = np.nan
+    else:
+        message = "the loss is inf in update .*: train with a learning rate below 0.0001"
+        original = agent._loss
+        monkeypatch.setattr(agent, "_loss", lambda windows: original(windows) * 1e39)
+    before = parameters(agent)
+    with pytest.raises(ValueError, match=message):
+        agent.train(1, 4)
+    torch.testing.assert_close(parameters(agent), before, equal_nan=True)
+
+
 def test_nothing_is_learnt_before_a_window_is_stored() -> None:
     agent = model(4, learning_starts=0)
     before = parameters(agent)

@@ -229,6 +229,18 @@ def test_an_observation_that_is_no_stack_is_refused() -> None:
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("what", ["observation", "reward"])
+def test_what_is_not_finite_is_refused_and_not_stored(what: str, bad: float) -> None:
+    space = spaces.Box(-1, 1, (2,))
+    memory = SequenceReplayBuffer(20, space, spaces.Discrete(2), "cpu", n_envs=2)
+    obs, after, rewards = np.zeros((2, 2), np.float32), np.ones((2, 2), np.float32), np.zeros(2, np.float32)
+    (after if what == "observation" else rewards)[1] = bad
+    with pytest.raises(ValueError, match=f"the {what} of environment 1 holds NaN or infinity"):
+        memory.add(obs, after, np.zeros(2), rewards, np.zeros(2), [{}, {}])
+    assert memory.count.tolist() == [0, 0]
+
+
 def test_too_few_steps_are_named() -> None:
     buffer, _ = filled(3)
     assert not buffer.holds_windows(50)
