@@ -45,11 +45,11 @@ format: $(STAMP)  ## Format and sort imports
 
 # The frameworks to compare with have an environment of their own. The constraints keep them from replacing torch;
 # norse reads OpenCV without saying so.
-PEERS := spikingjelly==2.0.0 snntorch==1.0.0 norse==1.1.0 opencv-python-headless torchvision==0.28.0
+PEERS := spikingjelly==2.0.0 snntorch==1.0.0 norse==1.1.0 onnxruntime==1.32.0 opencv-python-headless torchvision==0.28.0
 $(BENCH)/.installed: pyproject.toml constraints.txt Makefile
 	$(BENCH)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(BENCH)
 	$(BENCH)/bin/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(BENCH)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[scripts]'
+	$(BENCH)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[scripts,onnx]'
 	$(BENCH)/bin/python -m pip install --quiet --constraint constraints.txt $(PEERS)
 	touch $@
 

@@ -1,4 +1,4 @@
-"""Latency of one `predict` for one environment: SB3's DQN against the spiking agents, T = 1..5.
+"""Latency of one `predict` for one environment: SB3's DQN against the spiking agents, in torch and in ONNX Runtime.
 
 python benchmarks/acting.py
 """
@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import argparse
 import os
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import onnxruntime
 import torch
 from gymnasium import spaces
 from measure import machine, table
 from stable_baselines3 import DQN
 
 from snn_rl import SpikingDQN, count_spikes
+from snn_rl.export import write_onnx
 
-RATE = 0.1  # spikes per neuron and micro-step; a trained Pong agent has 0.10 at T5 and 0.12 at T1 (docs/results.md)
+RATE = 0.1  # spikes per neuron and micro-step; a trained Pong agent has 0.11 at T5 and 0.09 at T1 (docs/results.md)
 
 
 class Frames(gym.Env[np.ndarray, int]):
@@ -58,12 +62,37 @@ def spiking_agent(policy: str, env: gym.Env[Any, Any], timesteps: int, **common:
     return agent
 
 
+class InOnnxRuntime:
+    """An agent's exported frame, called as the agent is."""
+
+    def __init__(self, agent: SpikingDQN, observation: np.ndarray, threads: int) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        with tempfile.TemporaryDirectory() as folder:
+            write_onnx(agent.q_net.network, torch.as_tensor(observation[None]), Path(folder, "agent.onnx"))
+            self.model = onnxruntime.InferenceSession(Path(folder, "agent.onnx"), options)
+        self.names = [i.name for i in self.model.get_inputs()]
+        self.silence = [np.zeros((1, *i.shape[1:]), dtype=np.float32) for i in self.model.get_inputs()[1:]]
+
+    def predict(
+        self, observation: np.ndarray, state: list[np.ndarray] | None, deterministic: bool
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
+        carries = self.silence if state is None else state
+        q_values, *carries = self.model.run(None, dict(zip(self.names, [observation[None], *carries], strict=True)))
+        return q_values.argmax(1), carries
+
+
 def latencies(policy: str, env: gym.Env[Any, Any], rounds: int, device: str) -> dict[str, float]:
     """Median seconds of a call. The agents take turns, so that a slow spell of the machine meets them all."""
     common: dict[str, Any] = {"buffer_size": 100, "seed": 0, "device": device}
-    agents: dict[str, DQN] = {"SB3's DQN": DQN(policy, env, **common)}
+    agents: dict[str, Any] = {"SB3's DQN": DQN(policy, env, **common)}
     for timesteps in range(1, 6):
-        agents[f"T{timesteps}"] = spiking_agent(policy, env, timesteps, **common)
+        agents[f"T{timesteps}"] = agent = spiking_agent(policy, env, timesteps, **common)
+        if timesteps in (1, 5):
+            agents[f"T{timesteps}, ONNX"] = InOnnxRuntime(
+                agent, env.observation_space.sample(), torch.get_num_threads()
+            )
     states: dict[str, Any] = dict.fromkeys(agents)
     seconds: dict[str, list[float]] = {name: [] for name in agents}
     env.observation_space.seed(0)
