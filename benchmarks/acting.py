@@ -70,7 +70,12 @@ class InOnnxRuntime:
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         with tempfile.TemporaryDirectory() as folder:
-            write_onnx(agent.q_net.network, torch.as_tensor(observation[None]), Path(folder, "agent.onnx"))
+            write_onnx(
+                agent.q_net.network,
+                torch.as_tensor(observation[None]),
+                Path(folder, "agent.onnx"),
+                images=observation.ndim == 3,
+            )
             self.model = onnxruntime.InferenceSession(Path(folder, "agent.onnx"), options)
         self.names = [i.name for i in self.model.get_inputs()]
         self.silence = [np.zeros((1, *i.shape[1:]), dtype=np.float32) for i in self.model.get_inputs()[1:]]

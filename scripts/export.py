@@ -9,7 +9,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository's packages, whatever else is installed
 
+import numpy as np
 import torch
+from gymnasium import spaces
+from stable_baselines3.common.preprocessing import is_image_space
 
 from snn_rl.cli import exit_status
 from snn_rl.export import write_nir, write_onnx
@@ -29,18 +32,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     def command() -> None:
         if options.out.suffix not in ENDINGS:
             raise ValueError(f"the file to write must end in {' or '.join(ENDINGS)}, got {options.out.name!r}")
-        network, example = _load(options.file)
+        network, example, images = _load(options.file)
         if options.out.suffix == ".nir":
             write_nir(network, tuple(example.shape[1:]), options.out)
         else:
-            write_onnx(network, example, options.out)
+            write_onnx(network, example, options.out, images=images)
         print(options.out)
 
     return exit_status(command)
 
 
-def _load(path: Path) -> tuple[SpikingNetwork, torch.Tensor]:
-    """The network, and an observation (1, ...) as it takes them."""
+def _load(path: Path) -> tuple[SpikingNetwork, torch.Tensor, bool]:
+    """The network, an observation (1, ...), and whether it is an image to be divided by 255."""
+    images = False
     try:
         policy = load_policy(path)
     except ValueError as no_policy:
@@ -52,11 +56,13 @@ def _load(path: Path) -> tuple[SpikingNetwork, torch.Tensor]:
         example = torch.zeros(1, 3, size, size)  # normalised, which the caller does
     else:
         network, space = policy.network, policy.observation_space
-        images = str(space.dtype) == "uint8"
-        example = torch.zeros(1, *(space.shape or ()), dtype=torch.uint8 if images else torch.float32)
+        if not isinstance(space, spaces.Box):
+            raise ValueError(f"{path} takes observations of {space}; only those of a Box can be exported")
+        images = policy.policy.normalize_images and is_image_space(space)
+        example = torch.from_numpy(np.zeros((1, *space.shape), dtype=space.dtype))
     if not isinstance(network, SpikingNetwork):
         raise ValueError(f"{path} holds an ANN; export a spiking stage")
-    return network, example
+    return network, example, images
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ def prune_timesteps(
     pruned.timesteps = timesteps
     if timesteps >= network.timesteps:
         raise ValueError(f"timesteps must be < {network.timesteps}, those of the network, got {timesteps}")
+    frames = frames.to(device=network.device, dtype=next(network.parameters()).dtype)
     if frames.dim() < 2 or not frames.shape[1]:
         raise ValueError(f"frames must be (frames, batch, ...) of at least one observation, got {tuple(frames.shape)}")
     if not torch.isfinite(frames).all():
@@ -81,7 +82,7 @@ def _match_rate(
         middle = (low * high) ** 0.5
         lif.raw_threshold.fill_(middle)
         spikes, _ = lif(*args, **kwargs)
-        if spikes.mean(dtype=torch.float64).item() > wanted:
+        if spikes.mean(dtype=torch.float64).item() >= wanted:  # of equal ones the highest: a full layer stays as it is
             low = middle
         else:
             high = middle

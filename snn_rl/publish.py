@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from snn_rl.evaluation import Evaluation
 from snn_rl.files import atomic, read_json, write_json
 from snn_rl.policy_file import FORMAT, LoadedPolicy, load_policy
@@ -34,14 +36,19 @@ def publish(
     if not (run_dir / "results.json").is_file():
         raise ValueError(f"no results at {run_dir / 'results.json'}; give the folder of a finished run")
     results = read_json(run_dir / "results.json")
+    schedule = read_json(run_dir / "run.json")["recipe"]["schedule"]
+    if not results["stages"] or results["stages"][-1]["timesteps"] != schedule[-1]:
+        raise ValueError(f"{run_dir} has not finished its stages {schedule}; train on with the command that began it")
     shipped = []
     for stage in results["stages"]:
         trained = load_policy(run_dir / stage["stage"] / "policy.safetensors")
         path = into / f"{stage['stage']}.safetensors"
-        evaluation = play(_write(trained, path, half=True))
-        halved = evaluation.returns == stage["eval"]["returns"]
-        if not halved:
-            evaluation = play(_write(trained, path, half=False))
+        evaluation = play(trained)
+        halved = _fits_half(trained) and play(_write(trained, path, half=True)).returns == evaluation.returns
+        if halved:
+            evaluation = play(load_policy(path))
+        else:
+            _write(trained, path, half=False)
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"{path} has {path.stat().st_size:,} bytes; a file to ship has {MAX_BYTES:,} at most")
         shipped.append(
@@ -59,6 +66,10 @@ def publish(
     published = {**kept, "command": command, "stages": shipped}
     write_json(into / "results.json", published)
     return published
+
+
+def _fits_half(trained: LoadedPolicy) -> bool:
+    return all(bool(torch.isfinite(weight.half()).all()) for weight in trained.policy.q_net.state_dict().values())
 
 
 def _write(trained: LoadedPolicy, path: Path, *, half: bool) -> LoadedPolicy:

@@ -85,7 +85,8 @@ class Recipe:
     then teaches, by distillation, what the membranes have to remember.
     ``schedule`` lists the micro-steps per frame of the spiking stages, decreasing: 5-4-3-2-1, 5-3-1, or 1 alone,
     straight from the ANN. ``total_snn_steps`` is a budget of environment steps for all of them together, divided
-    equally (the paper's cheap variant); None gives each stage ``snn.env_steps``. A stage stops early where its return
+    equally (the paper's cheap variant); None gives each stage ``snn.env_steps``, or with ``snn.same_compute`` a T-th.
+    A stage stops early where its return
     on validation seeds reaches ``target_return`` in ``validations_at_target`` validations on end: where training
     swings, one may be luck.
 

@@ -81,4 +81,4 @@ def check_fits(build: Callable[[], nn.Module], weights: Mapping[str, Tensor]) ->
                 f"{tuple(expected[name].shape)}"
             )
         if weight.is_floating_point() != expected[name].is_floating_point() or not torch.isfinite(weight).all():
-            raise ValueError(f"{name} must hold finite numbers of {expected[name].dtype}, got {weight.dtype}")
+            raise ValueError(f"{name} must hold finite numbers like {expected[name].dtype}, got {weight.dtype}, or NaN")

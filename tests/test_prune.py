@@ -61,6 +61,18 @@ def test_a_silent_layer_keeps_its_threshold() -> None:
     assert first.threshold.item() == 1.0
 
 
+def test_a_layer_that_always_fires_is_not_made_to_fire_for_less() -> None:
+    net = network(leak=0.0)
+    images = torch.randn(1, 64, 12)
+    first = next(iter(net.lif_layers.values()))
+    with torch.no_grad():
+        next(m for m in net.modules() if isinstance(m, nn.Linear)).bias.fill_(100.0)
+    assert rates(net, images)[0] == 1.0
+    pruned = prune_timesteps(net, 1, images)
+    assert next(iter(pruned.lif_layers.values())).threshold.item() >= first.threshold.item()
+    assert rates(pruned, images)[0] == 1.0
+
+
 def test_the_network_itself_stays_as_it_was() -> None:
     net = network().train()
     before = {name: value.clone() for name, value in net.state_dict().items()}

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 import snn_rl.publish as publish
 from agents import RECIPES
 from scripts.publish import main
-from snn_rl.evaluation import evaluate
+from snn_rl.evaluation import Evaluation, evaluate
 from snn_rl.pipeline import run
-from snn_rl.policy_file import load_policy
+from snn_rl.policy_file import LoadedPolicy, load_policy
 from snn_rl.recipe import SEEDS_PER_RUN, TEST_SEEDS
 
 STAGES = ("ann", "T2", "T1")
@@ -53,22 +53,46 @@ def test_what_is_shipped_is_what_is_listed(finished: Path, tmp_path: Path, capsy
             torch.testing.assert_close(weight, trained.policy.q_net.state_dict()[name], rtol=2e-3, atol=1e-6)
 
 
+def first_weight(policy: LoadedPolicy) -> torch.Tensor:
+    return next(iter(policy.policy.q_net.state_dict().values()))
+
+
 def test_weights_whose_rounding_changes_a_return_are_shipped_whole(finished: Path, tmp_path: Path) -> None:
-    results = json.loads((finished / "results.json").read_text())
-    other = tmp_path / "run"
-    for stage in results["stages"]:
-        stage["eval"]["returns"][0] += 1  # as if the trained network had played otherwise
-        (other / stage["stage"]).mkdir(parents=True)
-        policy = finished / stage["stage"] / "policy.safetensors"
-        (other / stage["stage"] / "policy.safetensors").write_bytes(policy.read_bytes())
-    (other / "results.json").write_text(json.dumps(results))
-    assert main([str(other), "--command", "-", "--into", str(tmp_path / "out")]) == 0
-    shipped = json.loads((tmp_path / "out" / "cartpole" / "results.json").read_text())["stages"]
+    def play(policy: LoadedPolicy) -> Evaluation:  # as if the game depended on the last bit of a weight
+        return Evaluation([first_weight(policy).double().sum().item()], [1], None)
+
+    shipped = publish.publish(finished, tmp_path, play, "-", "-")["stages"]
     assert {stage["precision"] for stage in shipped} == {"single"}
     for stage in STAGES:
-        ours = load_file(tmp_path / "out" / "cartpole" / f"{stage}.safetensors")
+        ours = load_file(tmp_path / f"{stage}.safetensors")
         theirs = load_file(finished / stage / "policy.safetensors")
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_weights_whose_rounding_changes_nothing_are_shipped_in_half(finished: Path, tmp_path: Path) -> None:
+    shipped = publish.publish(finished, tmp_path, lambda _: Evaluation([1.0], [1], None), "-", "-")["stages"]
+    assert {stage["precision"] for stage in shipped} == {"half"}
+    for stage in STAGES:
+        whole = (finished / stage / "policy.safetensors").stat().st_size
+        assert (tmp_path / f"{stage}.safetensors").stat().st_size < 0.7 * whole
+
+
+def test_what_half_precision_cannot_hold_is_found(finished: Path) -> None:
+    policy = load_policy(finished / "T1" / "policy.safetensors")
+    assert publish._fits_half(policy)
+    with torch.no_grad():
+        next(iter(policy.network.lif_layers.values())).raw_threshold.fill_(1e6)  # type: ignore[operator, union-attr]
+    assert not publish._fits_half(policy)
+
+
+def test_a_run_that_has_not_finished_is_not_shipped(finished: Path, tmp_path: Path) -> None:
+    results = json.loads((finished / "results.json").read_text())
+    (tmp_path / "run.json").write_text((finished / "run.json").read_text())
+    for stages in ([], results["stages"][:2]):
+        (tmp_path / "results.json").write_text(json.dumps({**results, "stages": stages}))
+        with pytest.raises(ValueError, match="has not finished its stages"):
+            publish.publish(tmp_path, tmp_path / "out", lambda _: Evaluation([], [], None), "-", "-")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_shipped_is_named(

@@ -2,7 +2,8 @@
 
 A NIR neuron is a differential equation, ours one Euler step of it: with time step ``DT``, leak ``l`` and threshold
 ``v``, an LIF of ``tau = DT / (1 - l)``, ``r = 1`` and ``v_threshold = (1 - l) v``, whose potential is ``(1 - l)`` times
-ours. A leak of 1 is an IF. NIR names no reset by subtraction: that, and T, stand in the graph's metadata, and a
+ours. A leak of 1 is an IF, which adds up its input without ``DT``, as simulators take it.
+NIR names no reset by subtraction: that, and T, stand in the graph's metadata, and a
 simulator has to be told. What holds for which one: docs/export.md.
 """
 
@@ -100,6 +101,9 @@ class _Export(fx.Interpreter):
         if n.target is operator.add:  # several edges into one node are a sum
             if factors != {1.0}:
                 raise _refusal(n, "a sum behind average pooling: put a convolution between them")
+            terms = [name for arg in n.args if isinstance(arg, fx.Node) for name in self.names[arg]]
+            if len(set(terms)) < len(terms):
+                raise _refusal(n, "a signal that is added to itself: NIR has one edge between two nodes")
             self.names[n], self.factor[n] = [name for source in sources for name in self.names[source]], 1.0
             return out
         if isinstance(module, FrameDropout):
@@ -148,7 +152,8 @@ class _Export(fx.Interpreter):
         else:
             what = type(module).__name__ if module is not None else getattr(n.target, "__name__", str(n.target))
             raise _refusal(n, f"{what}: use Linear, Conv2d, AvgPool2d, Flatten and additions")
-        name = {"placeholder": "input", "output": "output"}.get(n.op, n.name)
+        own = f"{n.name}_layer" if n.name in ("input", "output") else n.name
+        name = {"placeholder": "input", "output": "output"}.get(n.op, own)
         self.nodes[name] = node
         self.edges += [(source, name) for source in (self.names[sources[0]] if sources else ())]
         self.names[n] = [name]
@@ -203,6 +208,11 @@ def from_nir(graph: nir.NIRGraph, timesteps: int | None = None) -> SpikingNetwor
     sources: dict[str, list[str]] = {name: [] for name in graph.nodes}
     for source, target in graph.edges:
         sources[target].append(source)
+    if not dt > 0:
+        raise ValueError(f"the graph's time step dt must be > 0, got {dt}")
+    for kind in (nir.Input, nir.Output):
+        if (number := sum(isinstance(node, kind) for node in graph.nodes.values())) != 1:
+            raise ValueError(f"the graph must have exactly one {kind.__name__}, got {number}")
     root, built, made = nn.Module(), fx.Graph(), dict[str, fx.Node]()
     waiting = dict(graph.nodes)
     while waiting:
@@ -222,9 +232,15 @@ def from_nir(graph: nir.NIRGraph, timesteps: int | None = None) -> SpikingNetwor
             if isinstance(node, nir.Output):
                 made[name] = built.output(x)
             elif isinstance(node, nir.Flatten):
+                if (
+                    node.start_dim not in (0, 1)
+                    or node.end_dim != -1
+                    or (node.start_dim and len(node.output_type["output"]) > 1)
+                ):
+                    raise ValueError(f"NIR node {name!r} flattens a part of the dimensions; only all of them can be")
                 made[name] = built.call_function(torch.flatten, (x, 1))
             else:
-                legal = "".join(c if c.isalnum() else "_" for c in name)
+                legal = f"node{len(made)}_" + "".join(c if c.isalnum() else "_" for c in name)
                 root.add_module(legal, _module(name, node, nir, dt, leak_reset=leak_reset))
                 made[name] = built.call_module(legal, (x,))
     return SpikingNetwork(fx.GraphModule(root, built), timesteps)
@@ -253,7 +269,8 @@ def _module(name: str, node: Any, nir: Any, dt: float, *, leak_reset: bool) -> n
         for key in ("v_leak", "v_reset"):
             if np.any(np.asarray(getattr(node, key, 0.0))):
                 raise ValueError(f"NIR node {name!r} has {key} other than 0, which a LIF layer here does not")
-        share = 1.0 if isinstance(node, nir.IF) else dt / _one(name, "tau", node.tau)  # 1 - leak
+        tau = np.inf if isinstance(node, nir.IF) else _one(name, "tau", node.tau)
+        share = 1.0 if isinstance(node, nir.IF) else dt / tau if tau > 0 else np.inf  # 1 - leak
         leak = 1.0 if isinstance(node, nir.IF) else 1 - share
         if not 0 <= leak <= 1 or r <= 0:
             raise ValueError(f"NIR node {name!r} must have tau >= {dt} (the time step) and r > 0, got {node}")

@@ -16,22 +16,22 @@ INPUT, OUTPUT = "observation", "output"
 
 
 class _Frame(nn.Module):
-    """A network with its state as plain arguments; integer observations are divided by 255, as SB3 divides images."""
+    """A network with its state as plain arguments; images are divided by 255, as SB3 divides them."""
 
     def __init__(self, network: SpikingNetwork, *, images: bool) -> None:
         super().__init__()
         self.network, self.images = network, images
 
     def forward(self, observation: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        x = observation.float() / 255 if self.images else observation
+        x = observation.float() / 255 if self.images else observation.float()
         out, carries = self.network(x, state)
         return (out, *carries)
 
 
-def write_onnx(network: SpikingNetwork, observation: Tensor, path: str | Path) -> None:
+def write_onnx(network: SpikingNetwork, observation: Tensor, path: str | Path, *, images: bool = False) -> None:
     """Write one frame of ``network`` as an ONNX file, atomically.
 
-    ``observation`` (batch, ...) is an example: uint8 images are taken as such and divided by 255, else float32.
+    ``observation`` (batch, ...) is an example, whose type the model takes; ``images`` are divided by 255 first.
     The model's inputs are ``observation`` and ``carry_LAYER`` of each LIF layer, its outputs ``output`` (Q-values or
     logits) and ``new_carry_LAYER``. Carries of zeros are silence, where an episode starts. The batch is free.
 
@@ -43,8 +43,8 @@ def write_onnx(network: SpikingNetwork, observation: Tensor, path: str | Path) -
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ValueError("ONNX needs the packages onnx and onnxscript: pip install 'snn_rl[onnx]'") from error
-    images = observation.dtype == torch.uint8
-    frame = _Frame(copy.deepcopy(network), images=images).eval()
+    frame = _Frame(copy.deepcopy(network), images=images).cpu().eval()
+    observation = observation.cpu()
     batch = observation.repeat(2, *[1] * (observation.dim() - 1))[:2]  # of 1, the exporter would take it as fixed
     with torch.no_grad():
         state: State = frame.network(batch.float(), None)[1]

@@ -176,8 +176,9 @@ def _begin(this: Run, stage: Stage) -> nn.Module:
     if isinstance(network, SpikingNetwork):
         if stage.variant:
             _prune_weights(network, recipe.sparsity)
-        elif recipe.snn.keep_rates:  # one batch, of which a layer's currents are kept: enough for a mean
-            (images,) = calibration(min(recipe.calibration_images, EVAL_BATCH))
+        elif recipe.snn.keep_rates:  # one batch, of which a layer's currents are kept: few of large images
+            few = max(16, EVAL_BATCH * 64**2 // max(64, recipe.image_size) ** 2)
+            (images,) = calibration(min(recipe.calibration_images, few))
             network = prune_timesteps(network, stage.timesteps, images.unsqueeze(0))
         else:
             network.timesteps = stage.timesteps

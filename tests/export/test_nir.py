@@ -19,7 +19,6 @@ from snn_rl.export import from_nir, read_nir, to_nir, write_nir
 from snn_rl.export.nir import DT
 
 warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
-norse = pytest.importorskip("norse.torch")
 
 SIZE = 24
 
@@ -103,13 +102,15 @@ def test_snntorch_runs_the_file_spike_for_spike(play: Tensor, tmp_path: Path) ->
     assert_same(ours(net, play), (seen, outputs))
 
 
-def test_norse_runs_the_file_spike_for_spike(play: Tensor, tmp_path: Path) -> None:
-    net = network(play)
+@pytest.mark.parametrize("leak", [0.75, 1.0])
+def test_norse_runs_the_file_spike_for_spike(play: Tensor, tmp_path: Path, leak: float) -> None:
+    norse = pytest.importorskip("norse.torch")
+    net = network(play, leak=leak)
     write_nir(net, (2, SIZE, SIZE), tmp_path / "net.nir")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         theirs = norse.from_nir(nir.read(str(tmp_path / "net.nir")), dt=DT)
-    seen, _ = spikes_of(theirs, norse.LIFBoxCell)
+    seen, _ = spikes_of(theirs, norse.LIFBoxCell if leak < 1 else norse.IAFCell)
     with torch.no_grad():
         outputs = [theirs(frame[None])[0].flatten() for frame in play]
     assert_same(ours(net, play), (seen, outputs))
@@ -138,6 +139,7 @@ def test_snntorch_told_to_subtract_runs_several_micro_steps(play: Tensor, *, lea
 
 
 def test_norse_told_to_subtract_runs_several_micro_steps_of_leak_reset(play: Tensor) -> None:
+    norse = pytest.importorskip("norse.torch")
     from norse.torch.functional.reset import reset_subtract
 
     net = network(play, timesteps=3, leak_reset=True)
@@ -190,6 +192,34 @@ def test_a_residual_network_comes_back(tmp_path: Path) -> None:
     net = to_spiking(Residual(), x, timesteps=2)
     write_nir(net, (5,), tmp_path / "net.nir")
     torch.testing.assert_close(read_nir(tmp_path / "net.nir")(x)[0], net(x)[0])
+
+
+def test_names_that_nir_uses_itself_are_no_harm() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.input, self.output = nn.Linear(5, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.output(torch.relu(self.input(x)))
+
+    x = torch.randn(50, 5)
+    net = to_spiking(Named(), x, timesteps=2)
+    torch.testing.assert_close(from_nir(to_nir(net, (5,)))(x)[0], net(x)[0])
+
+
+def test_a_signal_added_to_itself_is_refused() -> None:
+    class Doubled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            return self.b(torch.relu(h + h))
+
+    with pytest.raises(ValueError, match="a signal that is added to itself"):
+        to_nir(to_spiking(Doubled(), torch.randn(50, 5)), (5,))
 
 
 def test_a_neuron_of_nir_is_an_euler_step_of_ours(play: Tensor) -> None:
@@ -255,6 +285,8 @@ def test_what_has_no_counterpart_here_is_refused_by_name() -> None:
         (nir.LIF(ones, ones, 0 * ones, np.array([1.0, 2.0])), "neurons of NIR node 'x' differ in v_threshold"),
         (nir.LIF(ones, ones, ones, ones), "'x' has v_leak other than 0"),
         (nir.LIF(ones * DT / 2, ones, 0 * ones, ones), "'x' must have tau >= 0.0001"),
+        (nir.LIF(ones * 0, ones, 0 * ones, ones), "'x' must have tau >= 0.0001"),
+        (nir.Output(np.array([2])), "exactly one Output, got 2"),
     ]
     for node, message in cases:
         with pytest.raises(ValueError, match=message):

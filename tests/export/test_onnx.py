@@ -74,7 +74,7 @@ def test_images_are_bytes_as_the_environment_gives_them(tmp_path: Path) -> None:
     kwargs = {"features_extractor_class": ConvExtractor, "features_extractor_kwargs": extractor, "net_arch": []}
     agent = SpikingDQN("CnnPolicy", env, policy_kwargs={**kwargs, "timesteps": 2}, buffer_size=100, device="cpu")
     obs = env.reset()
-    write_onnx(agent.q_net.network, torch.from_numpy(obs), tmp_path / "policy.onnx")
+    write_onnx(agent.q_net.network, torch.from_numpy(obs), tmp_path / "policy.onnx", images=True)
     model = session(tmp_path / "policy.onnx")
     assert model.get_inputs()[0].type == "tensor(uint8)"
     q_values, _ = run(model, obs, None)
@@ -82,6 +82,14 @@ def test_images_are_bytes_as_the_environment_gives_them(tmp_path: Path) -> None:
         expected, _ = agent.q_net(torch.from_numpy(obs))
     np.testing.assert_allclose(q_values, expected.numpy(), rtol=1e-4, atol=1e-5)
     env.close()
+
+
+def test_bytes_that_are_no_image_are_not_divided(tmp_path: Path) -> None:
+    x = torch.randint(0, 256, (64, 3), dtype=torch.uint8)
+    network = to_spiking(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), x.float(), timesteps=2)
+    write_onnx(network, x, tmp_path / "a.onnx")
+    out, _ = run(session(tmp_path / "a.onnx"), x.numpy(), None)
+    np.testing.assert_allclose(out, network(x.float())[0].detach().numpy(), rtol=1e-4, atol=1e-4)
 
 
 def net() -> tuple[SpikingNetwork, Tensor]:
