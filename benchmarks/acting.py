@@ -69,6 +69,7 @@ class InOnnxRuntime:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # or its threads hold up the others
         with tempfile.TemporaryDirectory() as folder:
             write_onnx(
                 agent.q_net.network,
