@@ -28,7 +28,14 @@ CARTPOLE = Recipe(
         exploration_eps=0.04,
     ),
     # No burn-in: every window is trained from silence, which is how an episode starts and what is rare in long ones.
-    snn=SnnConfig(distillation_updates=1_000, env_steps=16_000, learning_rate=2e-3, sequence_length=20, burn_in=0),
+    snn=SnnConfig(
+        distillation_updates=1_000,
+        env_steps=16_000,
+        learning_rate=2e-3,
+        play_learning_rate=2e-3,
+        sequence_length=20,
+        burn_in=0,
+    ),
     target_return=500.0,
     validations_at_target=3,
     validate_every=2_000,
@@ -51,6 +58,7 @@ CARTPOLE_NO_VELOCITY = dataclasses.replace(
         distillation_updates=2_000,
         env_steps=8_000,
         learning_rate=1e-3,
+        play_learning_rate=1e-3,
         burn_in=10,
         exploration_eps=0.05,
     ),

@@ -12,17 +12,17 @@ from snn_rl.recipe import AnnConfig, NetworkConfig, Recipe, SnnConfig
 # to its end takes about 10,000 frames.
 EPISODE_FRAMES = 27_000
 
-# Two frames hold the motion, and few first channels keep the first synapse small: with direct encoding it multiplies at
-# every frame, in a spiking network as in an ANN, and bounds what the spikes behind it can save.
+# Few channels first keep the first synapse small: with direct encoding it multiplies at every frame, in a spiking network
+# as in an ANN, and bounds what the spikes behind it can save.
 PONG_LITE = Recipe(
     name="pong-lite",
     env_id="ALE/Pong-v5",
     make_env=partial(make_atari, "pong"),
-    env_kwargs={"image_size": 42, "frame_stack": 2, "sticky": 0.0, "max_episode_frames": EPISODE_FRAMES},
+    env_kwargs={"image_size": 42, "frame_stack": 4, "sticky": 0.0, "max_episode_frames": EPISODE_FRAMES},
     num_envs=8,
-    network=NetworkConfig(convolutions=((12, 4, 2), (32, 4, 2), (32, 3, 1)), features_dim=512, net_arch=()),
+    network=NetworkConfig(convolutions=((8, 4, 2), (64, 4, 2), (32, 3, 1)), features_dim=512, net_arch=()),
     ann=AnnConfig(
-        env_steps=1_150_000,
+        env_steps=900_000,
         learning_rate=3e-4,
         final_learning_rate=3e-5,
         buffer_size=100_000,
@@ -42,20 +42,22 @@ PONG_LITE = Recipe(
         percentile=99.0,
         leak=0.75,
         parent_steps=20_000,
-        distillation_updates=6_000,
-        env_steps=60_000,
+        distillation_updates=15_000,
+        env_steps=100_000,
         same_compute=True,
         learning_rate=2e-3,
-        buffer_size=50_000,
+        play_learning_rate=3e-4,
+        buffer_size=120_000,
         batch_size=16,
         sequence_length=4,
         burn_in=4,
         train_every=32,
         gradient_steps=4,
         exploration_eps=0.01,
+        spike_weight=0.02,
     ),
     target_return=20.7,
-    validate_every=25_000,
+    validate_every=50_000,
     validation_episodes=20,
     checkpoint_every=10_000,
 )

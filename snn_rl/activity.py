@@ -104,6 +104,42 @@ def count_spikes(network: SpikingNetwork) -> Iterator[SpikeCounter]:
             handle.remove()
 
 
+class SpikeMean:
+    """Spikes of a network's LIF layers as part of a loss; filled by `spikes_per_neuron`."""
+
+    def __init__(self) -> None:
+        self.spikes: list[Tensor] = []  # of each call of a layer with gradient, per inference
+        self.neurons: dict[str, int] = {}
+
+    def mean(self) -> Tensor:
+        """Spikes per neuron and inference, over all layers, with gradient; a scalar. ValueError where none was."""
+        if not self.spikes:
+            raise ValueError("no spikes with gradient: run the network inside `spikes_per_neuron` first")
+        return torch.stack(self.spikes).sum() / sum(self.neurons.values())
+
+
+@contextmanager
+def spikes_per_neuron(network: SpikingNetwork) -> Iterator[SpikeMean]:
+    """What `count_spikes` counts, over all neurons, as a tensor to be penalised: of one call with gradient."""
+    spikes = SpikeMean()
+
+    def hook(name: str) -> Any:
+        def add(_: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+            o = output[0]  # (frames * T, batch, ...)
+            if o.requires_grad:
+                spikes.spikes.append(o.sum() * (network.timesteps / (o.shape[0] * o.shape[1])))
+                spikes.neurons[name] = math.prod(o.shape[2:])
+
+        return add
+
+    handles = [lif.register_forward_hook(hook(name)) for name, lif in network.lif_layers.items()]
+    try:
+        yield spikes
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def activity(
     network: SpikingNetwork,
     rates: dict[str, float],

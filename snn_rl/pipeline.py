@@ -155,7 +155,7 @@ def _begin(this: Run, stage: Stage) -> tuple[DQN, History]:
     config = this.recipe.snn
     ann = _load(this, DQN, this.directory / "ann" / "model.zip")
     kwargs: dict[str, Any] = {
-        "learning_rate": LinearSchedule(config.learning_rate, config.learning_rate / 20, 1.0),
+        "learning_rate": LinearSchedule(config.play_learning_rate, config.play_learning_rate / 20, 1.0),
         "buffer_size": config.buffer_size,
         "learning_starts": 0,
         "batch_size": config.batch_size,
@@ -172,6 +172,7 @@ def _begin(this: Run, stage: Stage) -> tuple[DQN, History]:
         "td_weight": config.td_weight,
         "distillation_weight": config.distillation_weight,
         "distillation_temperature": config.distillation_temperature,
+        "spike_weight": config.spike_weight,
         "seed": this.first_seed,
         "device": this.device,
     }
@@ -204,7 +205,7 @@ def _begin(this: Run, stage: Stage) -> tuple[DQN, History]:
         model.keep_rates(parent)
     updates = this.recipe.distillation_updates(stage.timesteps)
     if updates and config.distillation_weight:
-        model.distill(updates)
+        model.distill(updates, LinearSchedule(config.learning_rate, config.play_learning_rate, 1.0))
     history = History(extra_steps=model.num_timesteps)
     model.num_timesteps = 0
     history.wall_seconds = time.monotonic() - started

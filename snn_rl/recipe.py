@@ -60,7 +60,10 @@ class SnnConfig:
     env_steps: int = 20_000  # of its own play, at most
     same_compute: bool = False  # these two are of T = 1; a stage at T has a T-th of them, which takes as long
     keep_rates: bool = True  # thresholds fall with T (`snn_rl.prune_timesteps`); False lowers T alone, as the paper
-    learning_rate: float = 1e-3  # falls linearly to a twentieth
+    # Falls linearly from `learning_rate` to `play_learning_rate` while the stage distils from its parent's play, and on
+    # to a twentieth of that on its own play, which is of use only where it is good: at a low rate.
+    learning_rate: float = 1e-3
+    play_learning_rate: float = 1e-3
     buffer_size: int = 50_000
     batch_size: int = 16  # windows
     sequence_length: int = 16
@@ -73,6 +76,7 @@ class SnnConfig:
     td_weight: float = 0.0
     distillation_weight: float = 1.0
     distillation_temperature: float = 0.5
+    spike_weight: float = 0.0  # of the spikes per neuron and frame in the loss: energy
     adam_eps: float = 1e-8
     max_grad_norm: float = 10.0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any, ClassVar, TypeVar
 
@@ -17,10 +17,11 @@ from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFreq, TrainFrequencyUnit
+from stable_baselines3.common.utils import update_learning_rate
 from torch import Tensor
 from torch.nn import functional as F
 
-from snn_rl.activity import count_spikes
+from snn_rl.activity import count_spikes, spikes_per_neuron
 from snn_rl.convert import DEFAULT_LEAK, DEFAULT_PERCENTILE, spread_first_synapse, to_spiking
 from snn_rl.dqn.losses import distillation_loss, n_step_returns
 from snn_rl.dqn.policy import CnnPolicy, MlpPolicy, NumpyState, SpikingDQNPolicy, SpikingQNetwork, q_network_ann
@@ -46,6 +47,7 @@ class SpikingDQN(DQN):
         td_weight: weight of the temporal-difference loss.
         distillation_weight: of `distillation_loss` against the Q-values of ``self.teacher``, on the same windows.
         distillation_temperature: of its softmax, in medians of the teacher's spread between best and worst action.
+        spike_weight: of the spikes per neuron and frame (summed over the micro-steps), a loss that saves energy.
 
     Targets are double-Q (van Hasselt et al. 2016); online and target network burn in separately, each under its own
     weights, from silence (Kapturowski et al. 2019). Updates begin once every environment has stored
@@ -86,6 +88,7 @@ class SpikingDQN(DQN):
         td_weight: float = 1.0,
         distillation_weight: float = 0.0,
         distillation_temperature: float = 0.5,
+        spike_weight: float = 0.0,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -113,11 +116,14 @@ class SpikingDQN(DQN):
             )
         if not distillation_temperature > 0:
             raise ValueError(f"distillation_temperature must be > 0, got {distillation_temperature}")
+        if not spike_weight >= 0:
+            raise ValueError(f"spike_weight must be >= 0, got {spike_weight}")
         self.sequence_length = sequence_length
         self.burn_in = burn_in
         self.td_weight = td_weight
         self.distillation_weight = distillation_weight
         self.distillation_temperature = distillation_temperature
+        self.spike_weight = spike_weight
         self.teacher: DQN | StackedTeacher | None = None  # set by whoever trains with a distillation loss; never saved
         self._last_state: NumpyState | None = None  # aligned with `_last_obs`: the membranes before it is seen
         self._next_state: NumpyState | None = None  # after it was seen; committed with the transition
@@ -250,8 +256,9 @@ class SpikingDQN(DQN):
             return
         if self.distillation_weight and self.teacher is None:
             raise ValueError("distillation_weight is > 0, but no teacher is set: assign the parent agent to `.teacher`")
+        self._update_learning_rate(self.policy.optimizer)
         losses = [
-            self._update(self._loss, batch_size, log_spikes=step == gradient_steps - 1)
+            self._update(self.td_weight, self.distillation_weight, batch_size, log_spikes=step == gradient_steps - 1)
             for step in range(gradient_steps)
         ]
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
@@ -260,14 +267,15 @@ class SpikingDQN(DQN):
             self.logger.record(f"threshold/{name}", lif.threshold.item())
             self.logger.record(f"leak/{name}", lif.leak.item())
 
-    def _update(self, loss_of: Callable[[Windows], Tensor], batch_size: int, *, log_spikes: bool = False) -> float:
+    def _update(
+        self, td_weight: float, distillation_weight: float, batch_size: int, *, log_spikes: bool = False
+    ) -> float:
         """One gradient step on a fresh batch of windows; returns the loss."""
         assert self.replay_buffer is not None
         self.policy.set_training_mode(True)
-        self._update_learning_rate(self.policy.optimizer)
         windows = self.replay_buffer.sample_windows(batch_size, self.window_length, env=self._vec_normalize_env)
         with count_spikes(self.q_net.network) if log_spikes else nullcontext() as counter:
-            loss = loss_of(windows)
+            loss = self._loss(windows, td_weight, distillation_weight)
         for name, rate in counter.rates().items() if counter is not None else ():
             self.logger.record_mean(f"spike_rate/{name}", rate)
         self.policy.optimizer.zero_grad()
@@ -290,13 +298,16 @@ class SpikingDQN(DQN):
         rate = self.policy.optimizer.param_groups[0]["lr"]
         return f"the loss is {loss} in update {self._n_updates}: train with a learning rate below {rate:g}"
 
-    def _loss(self, windows: Windows) -> Tensor:
-        q_t, state = self._unroll(self.q_net, windows)
+    def _loss(self, windows: Windows, td_weight: float, distillation_weight: float) -> Tensor:
+        with spikes_per_neuron(self.q_net.network) if self.spike_weight else nullcontext() as spikes:
+            q_t, state = self._unroll(self.q_net, windows)
         loss = q_t.new_zeros(())
-        if self.td_weight:
-            loss = loss + self.td_weight * self._td_loss(windows, q_t, state)
-        if self.distillation_weight:
-            loss = loss + self.distillation_weight * self._distillation_loss(windows, q_t)
+        if td_weight:
+            loss = loss + td_weight * self._td_loss(windows, q_t, state)
+        if distillation_weight:
+            loss = loss + distillation_weight * self._distillation_loss(windows, q_t)
+        if spikes is not None:
+            loss = loss + self.spike_weight * spikes.mean()
         return loss
 
     def _unroll(self, q_net: SpikingQNetwork, windows: Windows) -> tuple[Tensor, State]:
@@ -474,21 +485,21 @@ class SpikingDQN(DQN):
         self.q_net.network.load_state_dict(pruned.state_dict())
         self.q_net_target.load_state_dict(self.q_net.state_dict())
 
-    def distill(self, gradient_steps: int) -> float:
+    def distill(self, gradient_steps: int, learning_rate: Schedule | None = None) -> float:
         """Regress on ``self.teacher``'s Q-values over replayed windows; returns the mean loss of the last tenth.
 
-        Ends with the target network equal to the online one. Raises ValueError where no teacher is set.
+        ``learning_rate`` is a schedule over these steps; without one, the rate is where the agent's own stands. Ends
+        with the target network equal to the online one. Raises ValueError where no teacher is set.
         """
         if self.teacher is None:
             raise ValueError("no teacher is set: assign the parent agent to `.teacher` before `distill`")
         if gradient_steps < 1:
             raise ValueError(f"gradient_steps must be >= 1, got {gradient_steps}")
-        losses = [
-            self._update(
-                lambda windows: self._distillation_loss(windows, self._unroll(self.q_net, windows)[0]), self.batch_size
-            )
-            for _ in range(gradient_steps)
-        ]
+        schedule = learning_rate or (lambda _: self.lr_schedule(self._current_progress_remaining))
+        losses = []
+        for step in range(gradient_steps):
+            update_learning_rate(self.policy.optimizer, schedule(1 - step / gradient_steps))
+            losses.append(self._update(0.0, 1.0, self.batch_size))
         self.q_net_target.load_state_dict(self.q_net.state_dict())
         return float(np.mean(losses[-max(1, gradient_steps // 10) :]))
 
