@@ -12,8 +12,8 @@ from snn_rl.recipe import AnnConfig, NetworkConfig, Recipe, SnnConfig
 # to its end takes about 10,000 frames.
 EPISODE_FRAMES = 27_000
 
-# Few channels first keep the first synapse small: with direct encoding it multiplies at every frame, in a spiking network
-# as in an ANN, and bounds what the spikes behind it can save.
+# Few channels first keep the first synapse small: with direct encoding it multiplies at every frame, in a spiking
+# network as in an ANN, and bounds what the spikes behind it can save.
 PONG_LITE = Recipe(
     name="pong-lite",
     env_id="ALE/Pong-v5",
