@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from snn_rl import SpikingNetwork, activity, count_spikes, to_spiking
+from snn_rl.activity import spikes_per_neuron
 
 
 def network(timesteps: int = 4) -> SpikingNetwork:
@@ -33,6 +34,30 @@ def test_rates_are_spikes_per_neuron_and_inference() -> None:
     assert 0 < counter.rates()[first] <= 4
     net(x[0])
     assert counter.inferences == {first: 35, second: 35}  # nothing is counted behind the block
+
+
+def test_spikes_in_a_loss_are_those_that_are_counted_and_pull_spikes_down() -> None:
+    net = network()
+    x = torch.randn(3, 5, 2, 8, 8)
+    with count_spikes(net) as counter, spikes_per_neuron(net) as spikes:
+        net.unroll(x)
+    first, second = (counter.rates()[name] for name in net.lif_layers)
+    mean = spikes.mean()
+    assert mean.item() == pytest.approx((first * 3 * 36 + second * 10) / (3 * 36 + 10))
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    mean.backward()
+    optimizer.step()
+    with spikes_per_neuron(net) as spikes:
+        net.unroll(x)
+    assert spikes.mean() < mean
+
+
+def test_spikes_without_gradient_are_no_loss() -> None:
+    net = network()
+    with spikes_per_neuron(net) as spikes, torch.no_grad():
+        net(torch.randn(2, 2, 8, 8))
+    with pytest.raises(ValueError, match="no spikes with gradient: run the network inside `spikes_per_neuron`"):
+        spikes.mean()
 
 
 def test_operations_and_energy_by_hand() -> None:

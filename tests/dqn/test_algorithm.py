@@ -27,6 +27,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from snn_rl import SpikingDQN
+from snn_rl.activity import count_spikes
 from snn_rl.dqn import SequenceReplayBuffer
 from tests.dqn.test_losses import random_windows
 
@@ -278,14 +279,14 @@ def test_the_td_loss_by_hand() -> None:
                 total, weight, at = total + weight * w.rewards[at, b].item(), weight * 0.9, at + 1
             target = total + weight * q_target[at, b, q[at, b].argmax()].item()
             losses.append(F.smooth_l1_loss(q[t, b, w.actions[t, b]], torch.tensor(target)).item())
-    assert agent._loss(w).item() == pytest.approx(np.mean(losses), rel=1e-4)
+    assert agent._loss(w, 1.0, 0.0).item() == pytest.approx(np.mean(losses), rel=1e-4)
 
 
 def test_gradients_flow_through_the_trained_frames_only() -> None:
     agent = model()
     w = random_windows(agent.window_length, 6)
     w.observations.requires_grad_()
-    agent._loss(w).backward()
+    agent._loss(w, 1.0, 0.0).backward()
     gradient = w.observations.grad
     assert gradient is not None
     moved = gradient.abs().sum(dim=(1, 2)) > 0
@@ -365,7 +366,7 @@ def test_what_is_not_finite_stops_training_before_it_spoils_the_weights(
     else:
         message = "the loss is inf in update .*: train with a learning rate below 0.0001"
         original = agent._loss
-        monkeypatch.setattr(agent, "_loss", lambda windows: original(windows) * 1e39)
+        monkeypatch.setattr(agent, "_loss", lambda *of: original(*of) * 1e39)
     before = parameters(agent)
     with pytest.raises(ValueError, match=message):
         agent.train(1, 4)
@@ -600,6 +601,34 @@ def test_distillation_brings_the_network_to_its_teacher(ann: DQN) -> None:
         assert torch.equal(online, target)
 
 
+def test_distillation_follows_its_own_schedule_and_leaves_the_agents_alone(ann: DQN) -> None:
+    kwargs = {**TINY, "policy_kwargs": {}, "learning_rate": 1e-4}
+    agent = SpikingDQN.from_ann(ann, cartpole(2), timesteps=2, distillation_weight=1.0, td_weight=0.0, **kwargs)
+    agent.collect(ann, 200)
+    agent.teacher = ann
+    rates = []
+    step = agent.policy.optimizer.step
+    agent.policy.optimizer.step = lambda: (rates.append(agent.policy.optimizer.param_groups[0]["lr"]), step())  # type: ignore[method-assign]
+    agent.distill(4, lambda remaining: 1e-2 * remaining)
+    agent.distill(2)
+    agent.train(1, 4)
+    assert rates == pytest.approx([1e-2, 7.5e-3, 5e-3, 2.5e-3, 1e-4, 1e-4, 1e-4])
+
+
+def test_a_spike_weight_saves_spikes(ann: DQN) -> None:
+    rate = {}
+    for weight in (0.0, 1.0):
+        kwargs = {**TINY, "policy_kwargs": {}, "learning_rate": 3e-3, "batch_size": 16, "spike_weight": weight}
+        agent = SpikingDQN.from_ann(ann, cartpole(2), timesteps=3, distillation_weight=1.0, td_weight=0.0, **kwargs)
+        agent.collect(ann, 300)
+        agent.teacher = ann
+        agent.distill(100)
+        with count_spikes(agent.q_net.network) as counter:
+            agent.q_net.network(torch.randn(64, 4, generator=torch.Generator().manual_seed(0)))
+        rate[weight] = sum(counter.rates().values())
+    assert rate[1.0] < 0.7 * rate[0.0]
+
+
 def test_a_spiking_parent_can_teach(ann: DQN) -> None:
     kwargs = {**TINY, "policy_kwargs": {}}
     parent = SpikingDQN.from_ann(ann, cartpole(2), timesteps=3, **kwargs)
@@ -629,6 +658,8 @@ def test_a_spiking_parent_can_teach(ann: DQN) -> None:
         ({"n_steps": 0}, "n_steps must be >= 1, got 0"),
         ({"td_weight": 0.0}, "not both 0"),
         ({"distillation_temperature": 0.0}, "distillation_temperature must be > 0"),
+        ({"spike_weight": -0.1}, "spike_weight must be >= 0, got -0.1"),
+        ({"spike_weight": float("nan")}, "spike_weight must be >= 0, got nan"),
         ({"policy_kwargs": {"timesteps": 0}}, "timesteps must be an integer >= 1, got 0"),
         ({"policy_kwargs": {"leak": 2.0}}, r"leak must lie in \[0, 1\], got 2.0"),
         ({"policy_kwargs": {"activation_fn": nn.Tanh}}, "cannot convert node"),
