@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 TEMPORARY = ".writing-"  # how the names of files begin that are not whole yet
 
 
@@ -29,6 +31,28 @@ def atomic(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone_in(directory: Path) -> Iterator[None]:
+    """Hold a folder against other processes, which would write over what this one writes. A kill lets go of it.
+
+    Raises:
+        ValueError: another process holds it.
+        OSError: nothing can be written there.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(directory / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"another process trains in {directory}; wait for it, stop it, or use another --run-dir"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_json(path: Path, value: Any) -> None:

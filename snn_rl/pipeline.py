@@ -23,7 +23,7 @@ from snn_rl.dqn import ConvExtractor, SequenceReplayBuffer, SpikingDQN, SpikingD
 from snn_rl.dqn.replay import frame_stack_of
 from snn_rl.dqn.teacher import StackedTeacher
 from snn_rl.evaluation import evaluate, spiking_network
-from snn_rl.files import atomic, read_json, write_json
+from snn_rl.files import alone_in, atomic, read_json, write_json
 from snn_rl.policy_file import load_policy, save_policy
 from snn_rl.recipe import SEEDS_PER_RUN, TEST_SEEDS, VALIDATION_SEEDS, AnnConfig, Recipe, SnnConfig
 from snn_rl.stages import (
@@ -84,17 +84,19 @@ def run(
     ``ann`` is an SB3 DQN's zip that takes the ANN stage's place: it is evaluated, not trained.
 
     Raises:
-        ValueError: a directory of another run, a device that is not there, an ``ann`` that does not fit.
+        ValueError: a directory of another run, or one that another process trains in; a device that is not there; an
+            ``ann`` that does not fit.
     """
     if not 0 <= seed < 100_000:
         raise ValueError(f"seed must lie in [0, 100000), got {seed}")
     device = check_device(device)
     if recipe.cpu_threads is not None:
         torch.set_num_threads(recipe.cpu_threads)
-    claim(directory, recipe.as_dict(), seed, ann, "the zip of an SB3 DQN")
     this = Run(recipe, directory, seed, device, progress_bar)
     head = {"recipe": recipe.name, "env_id": recipe.env_id, "seed": seed}
-    return run_stages(directory, chain(recipe.schedule, ann), lambda stage: _train_stage(this, stage), head)
+    with alone_in(directory):
+        claim(directory, recipe.as_dict(), seed, ann, "the zip of an SB3 DQN")
+        return run_stages(directory, chain(recipe.schedule, ann), lambda stage: _train_stage(this, stage), head)
 
 
 # --- one stage ----------------------------------------------------------------------------------------------------

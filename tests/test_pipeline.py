@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import snn_rl.pipeline as pipeline
 from agents import RECIPES
 from snn_rl import load_policy
+from snn_rl.cli import exit_status
+from snn_rl.files import alone_in
 from snn_rl.pipeline import run
 from snn_rl.recipe import SEEDS_PER_RUN, TEST_SEEDS, VALIDATION_SEEDS, Recipe
 
@@ -417,6 +420,65 @@ run(recipe, Path({str(tmp_path)!r}), 0, device="cpu")
     assert [stage["stage"] for stage in stages] == ["ann", "T2", "T1"]
     assert all(len(stage["eval"]["returns"]) == 2 for stage in stages)
     assert not list(tmp_path.rglob("checkpoint*"))
+
+
+def test_a_second_process_on_the_same_folder_is_refused_until_the_first_is_killed(tmp_path: Path) -> None:
+    holder = f"""
+import sys, time; sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from snn_rl.files import alone_in
+with alone_in(Path({str(tmp_path)!r})):
+    print("holds", flush=True)
+    time.sleep(600)
+"""
+    process = subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == "holds\n"
+        with pytest.raises(ValueError, match=r"another process trains in .*; wait for it, stop it, or use another"):
+            run(tiny(), tmp_path, 3, device="cpu")
+        assert not (tmp_path / "run.json").exists()
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    with alone_in(tmp_path), pytest.raises(ValueError, match="another process"), alone_in(tmp_path):
+        pass
+
+
+def test_a_clock_that_jumps_changes_nothing_that_is_kept(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = itertools.count()
+    real, real_ns = time.time, time.time_ns
+    # an hour back and a day ahead, in turns
+    monkeypatch.setattr(time, "time", lambda: real() + (-3_600 if next(calls) % 2 else 86_400))
+    monkeypatch.setattr(time, "time_ns", lambda: real_ns() + (-3_600 if next(calls) % 2 else 86_400) * 10**9)
+    jumped = run(tiny(), tmp_path, 3, device="cpu")
+    assert next(calls) > 10
+    undisturbed = json.loads((finished / "results.json").read_text())
+    for stage, same in zip(jumped["stages"], undisturbed["stages"], strict=True):
+        assert stage["eval"] == same["eval"]
+        assert stage["curve"] == same["curve"]
+        assert 0 <= stage["wall_seconds"] < 600
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("in the way")
+    read_only = tmp_path / "read-only"
+    read_only.mkdir()
+    read_only.chmod(0o555)
+    folders = [tmp_path / "file" / "run"]
+    if os.geteuid():  # root may write anywhere
+        folders.append(read_only)
+    elif Path("/sys/kernel").is_dir():
+        folders.append(Path("/sys/kernel/run"))  # root neither
+    for folder in folders:
+        assert exit_status(lambda folder=folder: run(tiny(), folder, 3, device="cpu")) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1
+        assert lines[0].startswith("error: ")
+        assert str(folder) in lines[0]
 
 
 # --- bad input

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from snn_rl.activity import activity, count_spikes
 from snn_rl.convert import to_spiking
-from snn_rl.files import atomic, write_json
+from snn_rl.files import alone_in, atomic, write_json
 from snn_rl.network import SpikingNetwork
 from snn_rl.prune import prune_timesteps
 from snn_rl.stages import (
@@ -83,11 +83,11 @@ def run(
     deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
     if recipe.cpu_threads is not None:
         torch.set_num_threads(recipe.cpu_threads)
-    with processes(check_device(device)) as (device, rank, world):
+    with processes(check_device(device)) as (device, rank, world), ExitStack() as held:
         if recipe.batch_size % world:
             raise ValueError(f"batch_size must be a multiple of the {world} processes, got {recipe.batch_size}")
         this = Run(recipe, directory, seed, device, rank, world, progress_bar and rank == 0, deadline)
-        this.together(lambda: _check(this, ann))
+        this.together(lambda: _check(this, ann, held))
         stages = chain(recipe.schedule, ann)
         if recipe.sparsity:
             stages.append(Stage(recipe.schedule[-1], stages[-1].name, f"-sparse{100 * recipe.sparsity:g}"))
@@ -103,8 +103,10 @@ def run(
         return run_stages(directory, stages, train, head, writes=rank == 0)
 
 
-def _check(this: Run, ann: Path | None) -> None:
-    """Bind the folder to this run, once it is known that the run can begin."""
+def _check(this: Run, ann: Path | None, held: ExitStack) -> None:
+    """Bind the folder to this run, once it is known that the run can begin; its first process holds it."""
+    if this.rank == 0:
+        held.enter_context(alone_in(this.directory))
     if not (this.directory / "run.json").is_file():
         if this.rank:
             raise ValueError(f"{this.directory} must be a folder that all processes share: the first one's is not seen")
