@@ -12,7 +12,7 @@ the T micro-steps) that enter it. With direct encoding the first synapse is dens
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -85,20 +85,27 @@ def count_spikes(network: SpikingNetwork) -> Iterator[SpikeCounter]:
     """
     counter = SpikeCounter(network)
 
-    def hook(name: str) -> Any:
-        def count(_: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-            spikes = output[0]  # (frames * T, batch, ...)
-            if counter.counted is not None:
-                spikes = spikes[:, torch.as_tensor(counter.counted, device=spikes.device)]
-            counter.spikes[name] += float(spikes.detach().sum(dtype=torch.float64))
-            counter.neurons[name] = math.prod(spikes.shape[2:])
-            counter.inferences[name] += spikes.shape[0] // network.timesteps * spikes.shape[1]
+    def count(name: str, spikes: Tensor) -> None:
+        if counter.counted is not None:
+            spikes = spikes[:, torch.as_tensor(counter.counted, device=spikes.device)]
+        counter.spikes[name] += float(spikes.detach().sum(dtype=torch.float64))
+        counter.neurons[name] = math.prod(spikes.shape[2:])
+        counter.inferences[name] += spikes.shape[0] // network.timesteps * spikes.shape[1]
 
-        return count
+    with _at_every_layer(network, count):
+        yield counter
+
+
+@contextmanager
+def _at_every_layer(network: SpikingNetwork, look: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call ``look`` with the name and the spikes (frames * T, batch, ...) of each LIF layer that is run."""
+
+    def hook(name: str) -> Any:
+        return lambda _module, _inputs, output: look(name, output[0])
 
     handles = [lif.register_forward_hook(hook(name)) for name, lif in network.lif_layers.items()]
     try:
-        yield counter
+        yield
     finally:
         for handle in handles:
             handle.remove()
@@ -121,23 +128,15 @@ class SpikeMean:
 @contextmanager
 def spikes_per_neuron(network: SpikingNetwork) -> Iterator[SpikeMean]:
     """What `count_spikes` counts, over all neurons, as a tensor to be penalised: of one call with gradient."""
-    spikes = SpikeMean()
+    mean = SpikeMean()
 
-    def hook(name: str) -> Any:
-        def add(_: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-            o = output[0]  # (frames * T, batch, ...)
-            if o.requires_grad:
-                spikes.spikes.append(o.sum() * (network.timesteps / (o.shape[0] * o.shape[1])))
-                spikes.neurons[name] = math.prod(o.shape[2:])
+    def add(name: str, spikes: Tensor) -> None:
+        if spikes.requires_grad:
+            mean.spikes.append(spikes.sum() * (network.timesteps / (spikes.shape[0] * spikes.shape[1])))
+            mean.neurons[name] = math.prod(spikes.shape[2:])
 
-        return add
-
-    handles = [lif.register_forward_hook(hook(name)) for name, lif in network.lif_layers.items()]
-    try:
-        yield spikes
-    finally:
-        for handle in handles:
-            handle.remove()
+    with _at_every_layer(network, add):
+        yield mean
 
 
 def activity(

@@ -279,7 +279,7 @@ def _card(policy: LoadedPolicy, env_id: str, played: Evaluation, protocol: str, 
     ]
     if played.activity is not None:
         lines += [
-            f"Spike rate {played.activity.mean:.3f} per neuron and micro-step; by the usual energy model an ANN takes "
+            f"Spike rate {played.activity.mean:.3f} per neuron and frame; by the usual energy model an ANN takes "
             f"{played.activity.ann_over_snn:.1f} times the energy.",
         ]
     where = [f'path = "{POLICY}"']

@@ -126,6 +126,11 @@ class Recipe:
         snn = self.snn
         if not snn.td_weight and not snn.distillation_weight:
             raise ValueError("snn.td_weight and snn.distillation_weight must not both be 0: nothing would be learnt")
+        if snn.play_learning_rate > snn.learning_rate:
+            raise ValueError(
+                f"snn.play_learning_rate must be <= snn.learning_rate ({snn.learning_rate:g}), which falls to it, "
+                f"got {snn.play_learning_rate:g}"
+            )
         if not snn.distillation_temperature:
             raise ValueError("snn.distillation_temperature must be > 0, got 0.0")
         window = snn.burn_in + snn.sequence_length + snn.n_steps

@@ -573,6 +573,10 @@ def test_bad_recipes_are_named(changes: dict[str, Any], message: str) -> None:
         ({"leak": 1.5}, r"snn.leak must lie in \[0, 1\], got 1.5"),
         ({"leak": -0.5}, "snn.leak must be >= 0, got -0.5"),
         ({"learning_rate": float("nan")}, "snn.learning_rate must be >= 0, got nan"),
+        (
+            {"learning_rate": 1e-3, "play_learning_rate": 2e-3},
+            r"snn.play_learning_rate must be <= snn.learning_rate \(0.001\), which falls to it, got 0.002",
+        ),
         ({"batch_size": 0}, "snn.batch_size must be >= 1, got 0"),
         ({"td_weight": 0.0, "distillation_weight": 0.0}, "must not both be 0: nothing would be learnt"),
         ({"distillation_temperature": 0.0}, "snn.distillation_temperature must be > 0, got 0.0"),
