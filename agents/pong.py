@@ -35,6 +35,7 @@ PONG_LITE = Recipe(
         exploration_steps=120_000,
         exploration_eps=0.01,
         adam_eps=1.5e-4,
+        average_steps=32_000,
     ),
     # Short windows and many of them, and a leak at which a membrane forgets within two frames: the stack already holds
     # the motion, so what is left over from earlier frames is noise.
@@ -42,7 +43,7 @@ PONG_LITE = Recipe(
         percentile=99.0,
         leak=0.75,
         parent_steps=20_000,
-        distillation_updates=15_000,
+        distillation_updates=18_000,
         env_steps=50_000,
         same_compute=True,
         learning_rate=2e-3,
@@ -54,7 +55,7 @@ PONG_LITE = Recipe(
         train_every=32,
         gradient_steps=4,
         exploration_eps=0.01,
-        spike_weight=0.005,
+        spike_weight=0.0065,
     ),
     target_return=20.7,
     validate_every=50_000,

@@ -1,12 +1,15 @@
 """The stages of an agent: ANN-DQN, conversion, temporal pruning. How stages make a run: `snn_rl.stages`.
 
-A checkpoint is model, replay and history, written every ``checkpoint_every`` environment steps.
+A checkpoint is model, replay, averaged weights and history, written every ``checkpoint_every`` environment steps, and
+twenty times while a stage distils.
 """
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv
 
+from snn_rl.averaging import WeightAverage
 from snn_rl.dqn import ConvExtractor, SequenceReplayBuffer, SpikingDQN, SpikingDQNPolicy
 from snn_rl.dqn.replay import frame_stack_of
 from snn_rl.dqn.teacher import StackedTeacher
@@ -41,6 +45,8 @@ from snn_rl.stages import (
 
 PROTOCOL = "greedy, one episode per seed, seeds unseen in training and selection"
 CURVE_POINTS = 400
+AVERAGE = "checkpoint.average.safetensors"
+DISTILLATION_PIECES = 20
 
 
 @dataclass(frozen=True)
@@ -122,6 +128,8 @@ def _train_stage(this: Run, stage: Stage) -> None:
         history.extra_steps, history.extra_updates = model.num_timesteps, model._n_updates
     else:
         model, history = _resume(this, stage) or _begin(this, stage)
+        if isinstance(model, SpikingDQN):
+            _distill(this, stage, model, history)
         budget = this.recipe.ann.env_steps if stage.timesteps is None else this.recipe.snn_steps(stage.timesteps)
         callback = StageCallback(this, stage, history)
         if model.num_timesteps < budget and not callback.reached_target:
@@ -205,13 +213,30 @@ def _begin(this: Run, stage: Stage) -> tuple[DQN, History]:
     model.collect(parent, config.parent_steps)
     if isinstance(parent, SpikingDQN) and config.keep_rates:
         model.keep_rates(parent)
-    updates = this.recipe.distillation_updates(stage.timesteps)
-    if updates and config.distillation_weight:
-        model.distill(updates, LinearSchedule(config.learning_rate, config.play_learning_rate, 1.0))
-    history = History(extra_steps=model.num_timesteps)
+    history = History(extra_steps=model.num_timesteps, wall_seconds=time.monotonic() - started)
     model.num_timesteps = 0
-    history.wall_seconds = time.monotonic() - started
     return model, history
+
+
+def _distill(this: Run, stage: Stage, model: SpikingDQN, history: History) -> None:
+    """What is left of a stage's distillation, in pieces, each of which a kill leaves standing."""
+    assert stage.timesteps is not None
+    config, folder = this.recipe.snn, this.directory / stage.name
+    updates = this.recipe.distillation_updates(stage.timesteps) if config.distillation_weight else 0
+    schedule = LinearSchedule(config.learning_rate, config.play_learning_rate, 1.0)
+    model.set_logger(configure(str(folder), []))
+    if model.distilled < updates and not (folder / "checkpoint.zip").is_file():
+        _save_checkpoint(folder, model, history)
+    while (done := model.distilled) < updates:
+        started = time.monotonic()
+        piece = min(-(-updates // DISTILLATION_PIECES), updates - done)
+
+        def learning_rate(remaining: float, done: int = done, piece: int = piece) -> float:
+            return schedule(1 - (done + (1 - remaining) * piece) / updates)
+
+        model.distill(piece, learning_rate)
+        history.wall_seconds += time.monotonic() - started
+        _save_checkpoint(folder, model, history, replay=False)  # which stands, and has not changed
 
 
 def new_ann(this: Run, env: VecEnv) -> DQN:
@@ -302,6 +327,7 @@ class StageCallback(BaseCallback):
         self.folder = this.directory / stage.name
         self.started = time.monotonic() - history.wall_seconds
         self.env: VecEnv | None = None
+        self.average: WeightAverage | None = None
 
     @property
     def reached_target(self) -> bool:
@@ -317,6 +343,11 @@ class StageCallback(BaseCallback):
         budget = recipe.ann.env_steps if timesteps is None else recipe.snn_steps(timesteps)
         self.curve_every = max(1, budget // CURVE_POINTS)
         self.next_point = self._next(self.curve_every)
+        if timesteps is None and recipe.ann.average_steps:
+            decay = math.exp(-recipe.ann.train_every / recipe.ann.average_steps)
+            self.average = WeightAverage(self.model.q_net, decay)  # type: ignore[attr-defined]
+            if self.num_timesteps:
+                self.average.load(self.folder / AVERAGE)
 
     def _next(self, every: int) -> int:
         return (self.num_timesteps // every + 1) * every
@@ -344,6 +375,8 @@ class StageCallback(BaseCallback):
                 f"the loss of {self.stage.name} is {loss} after {self.model._n_updates} updates; train with a lower "
                 f"learning rate in another --run-dir. {self.folder} keeps its last checkpoint"
             )
+        if self.average is not None:
+            self.average.update()
         # Between a rollout and the next, where the replay holds every step that was taken.
         if self.num_timesteps >= self.next_checkpoint:
             self.next_checkpoint = self._next(self.this.recipe.checkpoint_every)
@@ -362,24 +395,34 @@ class StageCallback(BaseCallback):
         if self.env is None:
             self.env = self.this.env(self.stage, recipe.validation_episodes, VALIDATION_SEEDS)
         self.env.seed(VALIDATION_SEEDS + self.this.seed * SEEDS_PER_RUN)  # the same episodes at every validation
-        mean = evaluate(self.model, self.env, recipe.validation_episodes).mean  # type: ignore[arg-type]
-        best = max((m for _, m in self.history.validation), default=-np.inf)
-        self.history.validation.append([self.num_timesteps, mean])
-        self.logger.record("validation/mean_reward", mean)
-        self.logger.dump(self.num_timesteps)
-        if mean >= best:
-            self.model.validated = self.history.validation[-1]  # type: ignore[attr-defined]  # saved with the model
-            with atomic(self.folder / BEST) as temporary:
-                self.model.save(temporary)
+        with nullcontext() if self.average is None else self.average.in_place():
+            mean = evaluate(self.model, self.env, recipe.validation_episodes).mean  # type: ignore[arg-type]
+            best = max((m for _, m in self.history.validation), default=-np.inf)
+            self.history.validation.append([self.num_timesteps, mean])
+            self.logger.record("validation/mean_reward", mean)
+            self.logger.dump(self.num_timesteps)
+            if mean >= best:
+                self.model.validated = self.history.validation[-1]  # type: ignore[attr-defined]  # saved with the model
+                with atomic(self.folder / BEST) as temporary:
+                    self.model.save(temporary)
 
     def _checkpoint(self) -> None:
-        """Replay and history first, model last: a checkpoint counts where its model stands."""
         self.history.wall_seconds = time.monotonic() - self.started
-        with atomic(self.folder / "checkpoint.replay.pkl") as temporary:
-            self.model.save_replay_buffer(temporary)  # type: ignore[attr-defined]
-        write_json(self.folder / "checkpoint.json", vars(self.history))
-        with atomic(self.folder / "checkpoint.zip") as temporary:
-            self.model.save(temporary)
+        _save_checkpoint(self.folder, self.model, self.history, self.average)  # type: ignore[arg-type]
+
+
+def _save_checkpoint(
+    folder: Path, model: DQN, history: History, average: WeightAverage | None = None, *, replay: bool = True
+) -> None:
+    """Replay and history first, model last: a checkpoint counts where its model stands."""
+    if replay:
+        with atomic(folder / "checkpoint.replay.pkl") as temporary:
+            model.save_replay_buffer(temporary)
+    write_json(folder / "checkpoint.json", vars(history))
+    if average is not None:
+        average.save(folder / AVERAGE)
+    with atomic(folder / "checkpoint.zip") as temporary:
+        model.save(temporary)
 
 
 def _resume(this: Run, stage: Stage) -> tuple[DQN, History] | None:

@@ -45,6 +45,9 @@ class AnnConfig:
     exploration_eps: float = 0.05  # final
     adam_eps: float = 1e-8
     max_grad_norm: float = 10.0
+    # Time constant of an exponential moving average of the weights, which is what is validated and kept; 0 keeps the
+    # weights as they stand. Greedy play swings from one update to the next, and with it what a stage hands on.
+    average_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -237,7 +240,7 @@ def check_numbers(
 
 
 FRACTIONS = {"leak", "gamma", "exploration_eps"}
-MAY_BE_ZERO = {"learning_starts", "burn_in", "distillation_updates"}
+MAY_BE_ZERO = {"learning_starts", "burn_in", "distillation_updates", "average_steps"}
 
 
 def _no_env(*_: Any, **__: Any) -> VecEnv:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -592,3 +593,89 @@ def test_bad_snn_fields_are_named_before_the_ann_is_trained(changes: dict[str, A
 def test_every_recipe_is_json_and_round_trips() -> None:
     for recipe in RECIPES.values():
         assert json.loads(json.dumps(recipe.as_dict()))["name"] == recipe.name
+
+
+def test_a_kill_while_a_stage_distils_costs_a_piece_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny(schedule=(1,))
+    recipe = dataclasses.replace(recipe, snn=dataclasses.replace(recipe.snn, distillation_updates=50))
+
+    class Killed(BaseException):
+        pass
+
+    rates: list[float] = []
+    collected: list[int] = []
+    distill, collect = pipeline.SpikingDQN.distill, pipeline.SpikingDQN.collect
+
+    def dies_in_its_fourth_piece(self: pipeline.SpikingDQN, steps: int, schedule: Any) -> float:
+        loss = distill(self, steps, schedule)
+        rates.append(self.policy.optimizer.param_groups[0]["lr"])
+        if len(rates) == 4:
+            raise Killed
+        return loss
+
+    def counted(self: pipeline.SpikingDQN, actor: Any, steps: int) -> None:
+        collected.append(steps)
+        collect(self, actor, steps)
+
+    monkeypatch.setattr(pipeline.SpikingDQN, "distill", dies_in_its_fourth_piece)
+    monkeypatch.setattr(pipeline.SpikingDQN, "collect", counted)
+    with pytest.raises(Killed):
+        run(recipe, tmp_path, 0, device="cpu")
+    kept = pipeline.SpikingDQN.load(tmp_path / "T1" / "checkpoint.zip", device="cpu")
+    assert kept.distilled == 9  # three pieces of 50 / 20, rounded up
+    results = run(recipe, tmp_path, 0, device="cpu")
+    assert collected == [recipe.snn.parent_steps]
+    # The fourth piece was made twice; the learning rate is that of one distillation without a break.
+    assert rates[3] == rates[4]
+    assert len(rates) == 1 + 17
+    ends = [min(3 * piece, 50) - 1 for piece in range(1, 18)]
+    first, last = recipe.snn.learning_rate, recipe.snn.play_learning_rate
+    expected = [first + (last - first) * at / 50 for at in ends]
+    np.testing.assert_allclose(rates[:3] + rates[4:], expected)
+    stage = results["stages"][1]
+    assert stage["env_steps"] == recipe.snn.parent_steps + recipe.snn.env_steps
+    assert stage["updates"] >= 50
+
+
+def test_averaged_weights_are_validated_kept_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny(schedule=(1,), checkpoint_every=256, validate_every=512)
+    recipe = dataclasses.replace(recipe, ann=dataclasses.replace(recipe.ann, average_steps=200))
+    decay = math.exp(-recipe.ann.train_every / 200)
+    by_hand: dict[str, torch.Tensor] = {}
+    validated = 0
+
+    class Killed(BaseException):
+        pass
+
+    evaluated, rollout = pipeline.evaluate, pipeline.StageCallback._on_rollout_start
+    checkpointed: dict[str, torch.Tensor] = {}
+
+    def follow(self: pipeline.StageCallback) -> None:
+        if self.stage.timesteps is None:
+            for name, weight in self.model.q_net.state_dict().items():  # type: ignore[attr-defined]
+                old = by_hand.get(name, weight)
+                by_hand[name] = decay * old + (1 - decay) * weight
+            if self.num_timesteps == 768 and not checkpointed:
+                rollout(self)
+                checkpointed.update(by_hand)
+                raise Killed
+        rollout(self)
+
+    def look(agent: Any, env: Any, episodes: int) -> Any:
+        nonlocal validated
+        if isinstance(agent, DQN) and not isinstance(agent, pipeline.SpikingDQN):
+            validated += 1
+            for name, weight in agent.q_net.state_dict().items():
+                torch.testing.assert_close(weight, by_hand[name])
+        return evaluated(agent, env, episodes)
+
+    monkeypatch.setattr(pipeline.StageCallback, "_on_rollout_start", follow)
+    monkeypatch.setattr(pipeline, "evaluate", look)
+    with pytest.raises(Killed):
+        run(recipe, tmp_path, 0, device="cpu")
+    by_hand.clear()
+    by_hand.update(checkpointed)
+    run(recipe, tmp_path, 0, device="cpu")
+    assert validated >= 2
+    kept = DQN.load(tmp_path / "ann" / "model.zip", device="cpu")
+    assert kept.validated[0] in (512, 1_024)  # type: ignore[attr-defined]

@@ -125,6 +125,7 @@ class SpikingDQN(DQN):
         self.distillation_temperature = distillation_temperature
         self.spike_weight = spike_weight
         self.teacher: DQN | StackedTeacher | None = None  # set by whoever trains with a distillation loss; never saved
+        self.distilled = 0  # updates that `distill` has made
         self._last_state: NumpyState | None = None  # aligned with `_last_obs`: the membranes before it is seen
         self._next_state: NumpyState | None = None  # after it was seen; committed with the transition
         self._exploration: np.random.Generator | None = None
@@ -500,6 +501,7 @@ class SpikingDQN(DQN):
         for step in range(gradient_steps):
             update_learning_rate(self.policy.optimizer, schedule(1 - step / gradient_steps))
             losses.append(self._update(0.0, 1.0, self.batch_size))
+            self.distilled += 1
         self.q_net_target.load_state_dict(self.q_net.state_dict())
         return float(np.mean(losses[-max(1, gradient_steps // 10) :]))
 
