@@ -1,6 +1,6 @@
 """Endurance: training under kills, and the memory of a long one.
 
-python benchmarks/endurance.py kills --minutes 60     CartPole, SIGKILL every minute, as many runs as fit
+python benchmarks/endurance.py kills --minutes 60      CartPole, SIGKILL every minute, as many runs as fit
 python benchmarks/endurance.py memory --steps 1000000 memory of a million environment steps of spiking DQN
 """
 
@@ -20,14 +20,14 @@ import torch
 from matplotlib.figure import Figure
 from stable_baselines3.common.callbacks import BaseCallback
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # envs are not part of the installed package
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # envs are not part of the installed package
 
 from envs.classic import make_cartpole
 from snn_rl import SpikingDQN
 from snn_rl.memory import keep_freed_memory
 from snn_rl.stages import hardware, versions
 
+ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = 100
 
 
