@@ -9,7 +9,6 @@ its threshold as well, so that every threshold starts at 1: the same spikes, bet
 from __future__ import annotations
 
 import copy
-import math
 import operator
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -26,7 +25,6 @@ from snn_rl.scan import MIN_THRESHOLD
 
 DEFAULT_LEAK = 0.9
 DEFAULT_PERCENTILE = 90.0
-MAX_GAIN = 30.0
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 SYNAPSES = (nn.Linear, *CONVOLUTIONS)
@@ -114,35 +112,6 @@ def spiking_architecture(
     graph, lif_nodes = _prepare(ann, leak=leak, leak_reset=leak_reset)
     _scale(graph, dict.fromkeys(lif_nodes, 1.0), rescale=True)
     return SpikingNetwork(graph, timesteps).train(ann.training)
-
-
-def spread_first_synapse(network: SpikingNetwork, samples: Tensor, max_gain: float = MAX_GAIN) -> None:
-    """Redraw the first synapse so that its neurons can remember, where no ANN's weights fit it.
-
-    Neuron i gets ``w_i . (x - x_i) + v / 2`` as its current, with a random direction ``w_i`` in units of the samples'
-    standard deviation, a random sample ``x_i`` and a gain between 1 and ``max_gain``, log-uniform. Where currents stay
-    below the threshold ``v``, as conversion makes them, the soft reset cancels a membrane's past as fast as it fires
-    (the rate follows the input at once). Where they exceed it many times over, a neuron is silent or fires at every
-    step, and which of the two is decided by its input averaged over 1 / (1 - leak) steps. Both kinds side by side let
-    the next layer tell now from before.
-
-    Draws from torch's global generator. Raises ValueError where the first synapse is not a Linear layer with a bias.
-    """
-    first = next((module for module in network.modules() if isinstance(module, SYNAPSES)), None)
-    if not isinstance(first, nn.Linear) or first.bias is None:
-        raise ValueError(
-            f"only a Linear first layer with a bias can be spread, got {type(first).__name__}; "
-            "train the ANN on the frames that the spiking agent sees"
-        )
-    x = samples.flatten(1)
-    gain = torch.rand(first.out_features, 1, device=x.device).mul(math.log(max_gain)).exp()
-    threshold = next(iter(network.lif_layers.values())).threshold
-    deviation = x.std(0, correction=0)
-    deviation[deviation < 1e-6] = 1.0  # an entry that never varies says nothing: any unit does
-    with torch.no_grad():
-        first.weight.copy_(torch.randn_like(first.weight) * gain / deviation)
-        at = x[torch.randint(len(x), (first.out_features,), device=x.device)]
-        first.bias.copy_(threshold / 2 - (first.weight * at).sum(1))
 
 
 # --- the graph ----------------------------------------------------------------------------------------------------

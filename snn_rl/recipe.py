@@ -151,8 +151,6 @@ class Recipe:
                 f"snn.burn_in must be >= {frames - 1}, got {self.snn.burn_in}: the ANN that teaches sees {frames} "
                 "frames"
             )
-        if frames > 1 and self.network.convolutions:
-            raise ValueError("an ANN on stacked frames can teach a spiking agent without convolutions alone")
         if max(self.num_envs, self.validation_episodes, self.eval_episodes) > SEEDS_PER_RUN:
             raise ValueError(f"num_envs and the numbers of episodes must be <= {SEEDS_PER_RUN}")
         for config in (self.ann, self.snn):

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from snn_rl import LIF, SpikingNetwork, to_spiking
-from snn_rl.convert import spread_first_synapse
 from snn_rl.network import FrameDropout, Gain
 
 
@@ -342,39 +341,3 @@ def test_dropout_in_a_network_trains_and_rests(residual: nn.Module) -> None:
     assert not torch.equal(net(x)[0], net(x)[0])
     net.eval()
     assert torch.equal(net(x)[0], net(x)[0])
-
-
-def test_spread_first_synapse_crosses_its_threshold_at_samples_with_every_gain() -> None:
-    torch.manual_seed(0)
-    samples = torch.randn(500, 2) * torch.tensor([0.5, 0.04]) + torch.tensor([1.0, -3.0])
-    ann = nn.Sequential(nn.Linear(2, 400), nn.ReLU(), nn.Linear(400, 2))
-    network = to_spiking(ann, samples, timesteps=1)
-    before = {name: p.clone() for name, p in network.named_parameters()}
-    spread_first_synapse(network, samples, max_gain=20.0)
-    first = next(m for m in network.modules() if isinstance(m, nn.Linear))
-    with torch.no_grad():
-        currents = first(samples)  # (samples, neurons)
-    (lif,) = network.lif_layers.values()
-    assert (currents - lif.threshold / 2).abs().min(0).values.max() < 1e-3
-    # a neuron's gain is how far its current spreads over the samples, here by a direction of length 0 to 3
-    gains = currents.std(0)
-    assert gains.min() < 1
-    assert 10 < gains.max() < 20 * 4
-    for name, p in network.named_parameters():  # and nothing else is touched
-        assert torch.equal(p, before[name]) == (not any(p is q for q in first.parameters()))
-
-
-def test_spread_first_synapse_refuses_what_it_cannot_draw() -> None:
-    ann = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(2 * 36, 2))
-    network = to_spiking(ann, torch.rand(4, 1, 8, 8), timesteps=1)
-    with pytest.raises(ValueError, match="only a Linear first layer with a bias can be spread, got Conv2d"):
-        spread_first_synapse(network, torch.rand(4, 1, 8, 8))
-
-
-def test_spread_first_synapse_on_samples_that_do_not_vary() -> None:
-    ann = nn.Sequential(nn.Linear(2, 50), nn.ReLU(), nn.Linear(50, 2))
-    network = to_spiking(ann, torch.rand(8, 2), timesteps=1)
-    spread_first_synapse(network, torch.tensor([[0.3, 0.3]]))
-    first = next(m for m in network.modules() if isinstance(m, nn.Linear))
-    assert torch.isfinite(first.weight).all()
-    assert first.weight.abs().max() < 30 * 6  # a gain times a normal draw, in units of 1

@@ -22,12 +22,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from snn_rl.activity import count_spikes, spikes_per_neuron
-from snn_rl.convert import DEFAULT_LEAK, DEFAULT_PERCENTILE, spread_first_synapse, to_spiking
+from snn_rl.convert import DEFAULT_LEAK, DEFAULT_PERCENTILE, to_spiking
 from snn_rl.dqn.losses import distillation_loss, n_step_returns
 from snn_rl.dqn.policy import CnnPolicy, MlpPolicy, NumpyState, SpikingDQNPolicy, SpikingQNetwork, q_network_ann
 from snn_rl.dqn.replay import SequenceReplayBuffer, Windows, frame_stack_of
 from snn_rl.dqn.teacher import StackedTeacher, frames_of
 from snn_rl.network import State
+from snn_rl.spread import spread_first_synapse, unit_currents
 
 SelfSpikingDQN = TypeVar("SelfSpikingDQN", bound="SpikingDQN")
 
@@ -380,7 +381,7 @@ class SpikingDQN(DQN):
         ``kwargs`` are this class's own arguments; gamma and the network's options are the DQN's.
 
         Where ``env`` shows one frame and the DQN was trained on a stack of them, its first synapse has no counterpart:
-        the agent has the DQN's layers, but starts from new weights (`spread_first_synapse`), to be taught by it. Such
+        the agent has the DQN's layers, but starts from new weights (`snn_rl.spread`), to be taught by it. Such
         an agent's ``teacher``, and the actor of its first `collect`, is a `StackedTeacher`.
 
         Raises:
@@ -426,7 +427,9 @@ class SpikingDQN(DQN):
             for obs in model._play(player, calibration_steps)
         )
         if stacked:
-            spread_first_synapse(model.q_net.network, torch.cat(list(batches)))  # type: ignore[arg-type]
+            samples = torch.cat(list(batches))  # type: ignore[arg-type]
+            spread_first_synapse(model.q_net.network, samples)
+            unit_currents(model.q_net.network, samples)
             model.q_net_target.load_state_dict(model.q_net.state_dict())
             return model
         network = to_spiking(

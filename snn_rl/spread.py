@@ -1,0 +1,99 @@
+"""New weights for a network that has to remember, where no ANN's weights fit it: a start for distillation."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from snn_rl.convert import SYNAPSES
+from snn_rl.network import SpikingNetwork
+
+MAX_GAIN = 30.0
+MAX_PATCHES = 2**17  # of images; more are sampled
+
+
+def spread_first_synapse(network: SpikingNetwork, samples: Tensor, max_gain: float = MAX_GAIN) -> None:
+    """Redraw the first synapse so that its neurons can remember.
+
+    Neuron i gets ``w_i . (x - x_i) + v / 2`` as its current, with a random direction ``w_i`` in units of the samples'
+    standard deviation, a random sample ``x_i`` and a gain between 1 and ``max_gain``, log-uniform. Where currents stay
+    below the threshold ``v``, as conversion makes them, the soft reset cancels a membrane's past as fast as it fires
+    (the rate follows the input at once). Where they exceed it many times over, a neuron is silent or fires at every
+    step, and which of the two is decided by its input averaged over 1 / (1 - leak) steps. Both kinds side by side let
+    the next layer tell now from before.
+
+    Of a Conv2d the samples are the patches that its kernel sees, and the unit is their deviation where they show
+    anything: what moves leaves a trail of spikes.
+
+    Draws from torch's global generator. Raises ValueError where the first synapse is neither a Linear layer nor a
+    Conv2d of one group, or has no bias.
+    """
+    first = next((module for module in network.modules() if isinstance(module, SYNAPSES)), None)
+    if isinstance(first, nn.Linear) and first.bias is not None:
+        x = samples.flatten(1)
+        deviation, length = x.std(0, correction=0), 1.0
+    elif isinstance(first, nn.Conv2d) and first.groups == 1 and first.bias is not None:
+        x = _patches(first, samples)
+        shown = x[x.amax(1) > x.amin(1)]
+        deviation = shown.std(0, correction=0) if len(shown) else torch.zeros_like(x[0])
+        length = 1 / math.sqrt(x.shape[1])  # neighbouring pixels go together, entries of other observations do not
+    else:
+        raise ValueError(
+            f"only a first layer Linear or Conv2d (of one group), with a bias, can be spread, got {first}; "
+            "train the ANN on the frames that the spiking agent sees"
+        )
+    bias, neurons = first.bias, first.weight.shape[0]
+    gain = torch.rand(neurons, 1, device=x.device).mul(math.log(max_gain)).exp()
+    threshold = next(iter(network.lif_layers.values())).threshold
+    deviation[deviation < 1e-6] = 1.0  # an entry that never varies says nothing: any unit does
+    with torch.no_grad():
+        weight = torch.randn(neurons, x.shape[1], device=x.device) * gain * length / deviation
+        at = x[torch.randint(len(x), (neurons,), device=x.device)]
+        first.weight.copy_(weight.view_as(first.weight))
+        bias.copy_(threshold / 2 - (weight * at).sum(1))
+
+
+def _patches(convolution: nn.Conv2d, images: Tensor) -> Tensor:
+    """What the kernel sees of ``images`` (batch, channels, height, width): (patches, entries of the kernel)."""
+    assert not isinstance(convolution.padding, str)
+    x = F.unfold(
+        images,
+        convolution.kernel_size,
+        convolution.dilation,
+        convolution.padding,
+        convolution.stride,
+    )  # (batch, entries, positions)
+    x = x.transpose(1, 2).flatten(0, 1)
+    return x if len(x) <= MAX_PATCHES else x[torch.randint(len(x), (MAX_PATCHES,), device=x.device)]
+
+
+def unit_currents(network: SpikingNetwork, samples: Tensor) -> None:
+    """Scale the synapses between LIF layers, one after another, so that each current deviates by its threshold.
+
+    Layer-sequential unit variance (Mishkin and Matas 2016), on a frame of ``samples`` (batch, ...) from silence.
+    PyTorch's own initial weights are smaller: behind two layers of spikes a third would be silent, and learn nothing.
+    A current that does not vary is left as it is.
+    """
+    graph = network.graph
+    nodes = {str(node.target): node for node in graph.graph.nodes if node.op == "call_module"}
+    current: list[Tensor] = []
+    for name, lif in list(network.lif_layers.items())[1:]:
+        with torch.no_grad(), lif.register_forward_pre_hook(lambda _, args: current.append(args[0])):
+            network(samples, with_state=False)
+        deviation = current.pop().std(correction=0)
+        if deviation > 1e-6:
+            for synapse in _synapses_before(graph, nodes[name]):
+                for parameter in synapse.parameters():
+                    parameter.data.mul_(lif.threshold.detach() / deviation)
+
+
+def _synapses_before(graph: fx.GraphModule, node: fx.Node) -> set[nn.Module]:
+    """The last synapses on the ways that lead to ``node``."""
+    found: set[nn.Module] = set()
+    for source in node.all_input_nodes:
+        module = graph.get_submodule(str(source.target)) if source.op == "call_module" else None
+        found |= {module} if isinstance(module, SYNAPSES) else _synapses_before(graph, source)
+    return found
