@@ -32,10 +32,11 @@ def spread_first_synapse(network: SpikingNetwork, samples: Tensor, max_gain: flo
     Conv2d of one group, or has no bias.
     """
     first = next((module for module in network.modules() if isinstance(module, SYNAPSES)), None)
-    if isinstance(first, nn.Linear) and first.bias is not None:
+    bias = None if first is None else first.bias
+    if isinstance(first, nn.Linear) and bias is not None:
         x = samples.flatten(1)
         deviation, length = x.std(0, correction=0), 1.0
-    elif isinstance(first, nn.Conv2d) and first.groups == 1 and first.bias is not None:
+    elif isinstance(first, nn.Conv2d) and first.groups == 1 and bias is not None:
         x = _patches(first, samples)
         shown = x[x.amax(1) > x.amin(1)]
         deviation = shown.std(0, correction=0) if len(shown) else torch.zeros_like(x[0])
@@ -45,7 +46,7 @@ def spread_first_synapse(network: SpikingNetwork, samples: Tensor, max_gain: flo
             f"only a first layer Linear or Conv2d (of one group), with a bias, can be spread, got {first}; "
             "train the ANN on the frames that the spiking agent sees"
         )
-    bias, neurons = first.bias, first.weight.shape[0]
+    neurons = first.weight.shape[0]
     gain = torch.rand(neurons, 1, device=x.device).mul(math.log(max_gain)).exp()
     threshold = next(iter(network.lif_layers.values())).threshold
     deviation[deviation < 1e-6] = 1.0  # an entry that never varies says nothing: any unit does
