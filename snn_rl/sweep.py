@@ -41,7 +41,7 @@ RESAMPLES = 10_000
 Results = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a recipe holds dictionaries: a job is known by itself
 class Job:
     """One run of a sweep: a recipe, changed by the ``override``, with a seed, in its folder."""
 
@@ -245,8 +245,8 @@ def _train(recipe: Recipe, directory: Path, seed: int, device: str, cpus: int) -
 def _take_over(directory: Path) -> None:
     """Let a worker that was here before come to its end, and leave our own mark.
 
-    On one machine its lock tells. Over machines the lock may not, where the file system keeps it to itself: there a mark
-    that was left behind is given the time in which Ray ends a worker that it has lost.
+    On one machine its lock tells. Over machines the lock may not, where the file system keeps it to itself: there a
+    mark that was left behind is given the time in which Ray ends a worker that it has lost.
     """
     here, mark = socket.gethostname(), directory / MARK
     if mark.is_file() and read_json(mark)["host"] != here:
