@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -264,6 +265,24 @@ def test_the_table_names_what_is_not_in_it() -> None:
     text = markdown(gathered)
     assert "- cartpole-snn.leak=0.8/seed-0: out of luck" in text
     assert "Not finished yet: cartpole-snn.leak=0.8/seed-1" in text
+
+
+def test_the_documents_python_reads_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "sweep.md").read_text(), re.DOTALL)
+    todo = jobs([tiny()], [[], ["snn.leak=0.8"]], [0, 1], Path("root"))
+    means = (1.0, 2.0, 3.0, 4.0)
+    finished = {
+        job: {"stages": [{"stage": "T1", "eval": {"mean": mean}, "spike_rate": None, "energy": None}]}
+        for job, mean in zip(todo, means, strict=True)
+    }
+    write_json(tmp_path / "runs" / "sweep" / "sweep.json", gather(todo, finished, {}))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(snippet, "sweep.md", "exec"), names)
+    assert {name: scores.tolist() for name, scores in names["scores"].items()} == {
+        "": [[1.0], [2.0]],
+        "snn.leak=0.8": [[3.0], [4.0]],
+    }
 
 
 # --- what to run, and bad input
