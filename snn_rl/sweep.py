@@ -106,6 +106,9 @@ def _changed(recipe: Recipe, words: Sequence[str]) -> Recipe:
     try:
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # a framed page of help
             changed = overridden(recipe, flags, "sweep", fixed=())
+        if words:  # whether an environment takes its arguments, only it can tell
+            for kwargs in ({}, changed.ann_env_kwargs):
+                changed.build_env(1, 0, **kwargs).close()
     except SystemExit:
         raise ValueError(
             f"{said}: {recipe.name} has no such field, or it does not take this value; the training script's --help "

@@ -310,6 +310,8 @@ def test_every_run_has_its_own_recipe_seed_and_folder() -> None:
             "--set snn.leak=much: cartpole has no such field, or it does not take",
         ),
         (["cartpole", "--set", "snn.leak=0.5", "--set", "snn.leak=1.5"], "snn.leak must lie in [0, 1], got 1.5"),
+        (["cartpole", "--set", "env-kwargs=velocity False"], "unexpected keyword argument 'velocity'"),
+        (["pong-lite", "--set", "env_kwargs.image-size=0"], "image_size must be >= 1, got 0"),
         (["cartpole", "--set", "name=mine"], "name another recipe instead"),
         (["cartpole", "--seeds", "0", "-1"], "seed must lie in [0, 100000), got -1"),
         (["cartpole", "cartpole"], "two runs in runs/sweep/cartpole/seed-0: name each"),
