@@ -34,17 +34,19 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def alone_in(directory: Path) -> Iterator[None]:
+def alone_in(directory: Path, wait: float = 0.0) -> Iterator[None]:
     """Hold a folder against other processes, which would write over what this one writes. A kill lets go of it.
 
+    Where another process holds it, ``wait`` that many seconds for it.
+
     Raises:
-        ValueError: another process holds it.
+        ValueError: another process holds it still.
         OSError: nothing can be written there.
     """
     directory.mkdir(parents=True, exist_ok=True)
     lock = FileLock(directory / ".lock")
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=wait)
     except Timeout:
         raise ValueError(
             f"another process trains in {directory}; wait for it, stop it, or use another --run-dir"
