@@ -588,7 +588,7 @@ def surrogates_snntorch() -> tuple[str, str]:
 def surrogates_norse() -> tuple[str, str]:
     from norse.torch.functional import threshold
 
-    names = [name for name in vars(threshold) if name.endswith("_fn")]
+    names = [v.__name__ for name, v in vars(threshold).items() if name.endswith("_fn") and callable(v)]
     return _count(names, "surrogates", "functions ..._fn in `norse.torch.functional.threshold`")
 
 
@@ -643,7 +643,9 @@ def hidden_snntorch() -> tuple[str, str]:
     same = torch.equal(layer(x, membrane)[1], layer(x, membrane)[1])
     remembers = not torch.equal(layer(x)[1], layer(x)[1])
     text, evidence = _explicit(same, "`snntorch.Leaky(x, mem)`")
-    return text, _join([evidence, "called without `mem` it remembers the last one" if remembers else ""])
+    if not remembers:
+        return text, evidence
+    return "yes, where passed", _join([evidence, "called without `mem` it remembers the last one"])
 
 
 def explicit_norse() -> tuple[str, str]:
