@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BENCH := .venv-bench
 
-.PHONY: help install pong cartpole watch test lint format bench clean
+.PHONY: help install pong cartpole watch test lint format bench features clean
 
 help:  ## List the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -45,11 +45,12 @@ format: $(STAMP)  ## Format and sort imports
 
 # The frameworks to compare with have an environment of their own. The constraints keep them from replacing torch;
 # norse reads OpenCV without saying so.
-PEERS := spikingjelly==2.0.0 snntorch==1.0.0 norse==1.1.0 onnxruntime==1.32.0 opencv-python-headless torchvision==0.28.0
+PEERS := spikingjelly==2.0.0 snntorch==1.0.0 norse==1.1.0 sinabs==2.0.3 nirtorch onnxruntime==1.32.0 \
+	opencv-python-headless torchvision==0.28.0
 $(BENCH)/.installed: pyproject.toml constraints.txt Makefile
 	$(BENCH)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(BENCH)
 	$(BENCH)/bin/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(BENCH)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[scripts,onnx]'
+	$(BENCH)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[scripts,nir,onnx,hub,zoo]'
 	$(BENCH)/bin/python -m pip install --quiet --constraint constraints.txt $(PEERS)
 	touch $@
 
@@ -60,6 +61,9 @@ bench: $(BENCH)/.installed  ## Compare speed and memory with other frameworks (h
 	$(BENCH)/bin/python benchmarks/acting.py
 	$(BENCH)/bin/python benchmarks/scaling.py $(BENCH)/scaling.png
 	$(BENCH)/bin/python benchmarks/agents.py
+
+features: $(BENCH)/.installed  ## Compare features with other frameworks: write docs/features.md
+	$(BENCH)/bin/python benchmarks/features.py $(ARGS)
 
 clean:  ## Remove the environment and caches, not the runs
 	rm -rf $(VENV) $(BENCH) .pytest_cache .ruff_cache .mypy_cache .hypothesis
