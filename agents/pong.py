@@ -70,8 +70,21 @@ PONG = dataclasses.replace(
     network=NetworkConfig(convolutions=((32, 8, 4), (64, 4, 2), (64, 3, 1)), features_dim=512, net_arch=()),
 )
 
+# What moves, and where to, is to be had from the membranes alone. The ANN of pong-lite, which sees four frames, teaches
+# the spiking agent, which sees one. Leak and windows are those of a memory of some frames; T = 5 and 4 would forget
+# within fewer.
 PONG_SINGLE_FRAME = dataclasses.replace(
     PONG_LITE,
     name="pong-single-frame",
-    env_kwargs={"image_size": 42, "frame_stack": 1, "sticky": 0.0, "max_episode_frames": EPISODE_FRAMES},
+    env_kwargs={**PONG_LITE.env_kwargs, "frame_stack": 1},
+    ann_env_kwargs={"frame_stack": 4},
+    snn=dataclasses.replace(
+        PONG_LITE.snn,
+        leak=0.9,
+        distillation_updates=24_000,
+        learning_rate=1e-3,
+        burn_in=6,
+        spike_weight=0.0,
+    ),
+    schedule=(3, 2, 1),
 )

@@ -1057,8 +1057,9 @@ ROWS: dict[str, dict[Library, Probe]] = {
     "Several GPUs or machines": {
         SNN_RL: by_tests(
             "vision/test_training.py::test_two_processes_train_as_one_does",
-            text="classifiers only",
-            note="two processes of one machine under torchrun",
+            "test_sweep.py::test_a_killed_worker_and_runs_that_fail_lose_no_other",
+            text="sweeps of agents (Ray), data-parallel classifiers",
+            note="two processes of one machine under torchrun, two Ray workers of one machine",
         ),
         SPIKINGJELLY: both(
             defines("spikingjelly", "activation_based/distributed/tensor_parallel/channel.py:ChannelShardConv2d"),

@@ -13,6 +13,9 @@ from snn_rl.network import SpikingNetwork
 
 MAX_GAIN = 30.0
 MAX_PATCHES = 2**17  # of images; more are sampled
+# Of a current, in thresholds: at 1 and above, half of all neurons fire at random, and distillation begins by silencing
+# them; far below, layers behind layers are silent and learn nothing.
+DEVIATION = 0.5
 
 
 def spread_first_synapse(network: SpikingNetwork, samples: Tensor, max_gain: float = MAX_GAIN) -> None:
@@ -71,10 +74,10 @@ def _patches(convolution: nn.Conv2d, images: Tensor) -> Tensor:
     return x if len(x) <= MAX_PATCHES else x[torch.randint(len(x), (MAX_PATCHES,), device=x.device)]
 
 
-def unit_currents(network: SpikingNetwork, samples: Tensor) -> None:
-    """Scale the synapses between LIF layers, one after another, so that each current deviates by its threshold.
+def scale_currents(network: SpikingNetwork, samples: Tensor) -> None:
+    """Scale the synapses between LIF layers, one after another, so that each current deviates by half its threshold.
 
-    Layer-sequential unit variance (Mishkin and Matas 2016), on a frame of ``samples`` (batch, ...) from silence.
+    As layer-sequential unit variance (Mishkin and Matas 2016), on a frame of ``samples`` (batch, ...) from silence.
     PyTorch's own initial weights are smaller: behind two layers of spikes a third would be silent, and learn nothing.
     A current that does not vary is left as it is.
     """
@@ -88,7 +91,7 @@ def unit_currents(network: SpikingNetwork, samples: Tensor) -> None:
         if deviation > 1e-6:
             for synapse in _synapses_before(graph, nodes[name]):
                 for parameter in synapse.parameters():
-                    parameter.data.mul_(lif.threshold.detach() / deviation)
+                    parameter.data.mul_(DEVIATION * lif.threshold.detach() / deviation)
 
 
 def _synapses_before(graph: fx.GraphModule, node: fx.Node) -> set[nn.Module]:

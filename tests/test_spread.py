@@ -8,7 +8,7 @@ from torch import nn
 
 from snn_rl import to_spiking
 from snn_rl.convert import spiking_architecture
-from snn_rl.spread import spread_first_synapse, unit_currents
+from snn_rl.spread import scale_currents, spread_first_synapse
 
 
 def test_spread_first_synapse_crosses_its_threshold_at_samples_with_every_gain() -> None:
@@ -103,21 +103,21 @@ def test_images_that_show_nothing_are_spread_in_units_of_one() -> None:
     assert 0 < first.weight.abs().max() < 30 * 6
 
 
-def test_every_current_behind_the_first_deviates_by_its_threshold() -> None:
+def test_every_current_behind_the_first_deviates_by_half_its_threshold() -> None:
     torch.manual_seed(0)
     x = torch.rand(400, 1, 8, 8)
     layers = [nn.Conv2d(1, 8, 3), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(8, 16, 2), nn.ReLU(), nn.Flatten()]
     ann = nn.Sequential(*layers, nn.Linear(64, 50), nn.ReLU(), nn.Linear(50, 3))
     network = to_spiking(ann, x, timesteps=2)
     before = {name: p.clone() for name, p in network.named_parameters()}
-    unit_currents(network, x)
+    scale_currents(network, x)
     currents: list[torch.Tensor] = []
     for lif in network.lif_layers.values():
         lif.register_forward_pre_hook(lambda _, args: currents.append(args[0]))
     with torch.no_grad():
         network(x)
     for lif, current in zip(list(network.lif_layers.values())[1:], currents[1:], strict=True):
-        torch.testing.assert_close(current.std(correction=0), lif.threshold.detach())
+        torch.testing.assert_close(current.std(correction=0), lif.threshold.detach() / 2)
     synapses = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     scaled = [not torch.equal(m.weight, before[name]) for m, name in zip(synapses, _weights(network), strict=True)]
     assert scaled == [False, True, True, False]  # neither the first nor the readout
@@ -137,7 +137,7 @@ def test_a_current_that_does_not_vary_is_left_alone() -> None:
         for bias in [m.bias for m in network.modules() if isinstance(m, nn.Linear)]:
             bias.zero_()
     before = [p.clone() for p in network.parameters()]
-    unit_currents(network, silent)
+    scale_currents(network, silent)
     assert all(torch.equal(p, b) for p, b in zip(network.parameters(), before, strict=True))
 
 
@@ -161,5 +161,5 @@ def test_two_branches_into_one_layer_are_scaled_alike() -> None:
     assert isinstance(left, nn.Linear)
     assert isinstance(right, nn.Linear)
     ratio = left.weight / right.weight
-    unit_currents(network, x)
+    scale_currents(network, x)
     torch.testing.assert_close(left.weight / right.weight, ratio)

@@ -28,7 +28,7 @@ from snn_rl.dqn.policy import CnnPolicy, MlpPolicy, NumpyState, SpikingDQNPolicy
 from snn_rl.dqn.replay import SequenceReplayBuffer, Windows, frame_stack_of
 from snn_rl.dqn.teacher import StackedTeacher, frames_of
 from snn_rl.network import State
-from snn_rl.spread import spread_first_synapse, unit_currents
+from snn_rl.spread import scale_currents, spread_first_synapse
 
 SelfSpikingDQN = TypeVar("SelfSpikingDQN", bound="SpikingDQN")
 
@@ -429,7 +429,7 @@ class SpikingDQN(DQN):
         if stacked:
             samples = torch.cat(list(batches))  # type: ignore[arg-type]
             spread_first_synapse(model.q_net.network, samples)
-            unit_currents(model.q_net.network, samples)
+            scale_currents(model.q_net.network, samples)
             model.q_net_target.load_state_dict(model.q_net.state_dict())
             return model
         network = to_spiking(
