@@ -126,11 +126,13 @@ def main() -> None:
     remembering.add_argument("--steps", type=int, default=1_000_000)
     remembering.add_argument("--figure", type=Path, default=Path("memory.png"))
     options = parser.parse_args()
+    if options.part == "kills" and not options.every >= 30:
+        parser.error(f"--every must be >= 30 seconds, a few times what a start takes, got {options.every:g}")
     if options.part == "kills":
         kills(options.minutes, options.every)
     else:
         if options.steps < 200_000:
-            parser.error(f"--steps must be >= 200000, twice what fills the replay, got {options.steps}")
+            parser.error(f"--steps must be >= 200000, twice those after which memory is looked at, got {options.steps}")
         memory(options.steps, options.figure)
 
 

@@ -10,11 +10,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository's agents, whatever else is installed
 
 from agents import RECIPES
-from snn_rl.cli import exit_status
-from snn_rl.sweep import check_installed, cluster, jobs, markdown, sweep
+from snn_rl.cli import RESUMES, exit_status
+from snn_rl.sweep import Job, check_installed, cluster, jobs, markdown, sweep
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(argv)
+    return exit_status(lambda: _run(options), RESUMES)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("recipes", nargs="+", metavar="RECIPE", help=", ".join(RECIPES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N")
@@ -33,18 +38,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--gpus-per-run", type=float, default=0.0, help="0.25: four runs share one (default: 0, no GPU)"
     )
     parser.add_argument("--smoke", action="store_true", help="every run in seconds, learning nothing")
-    options = parser.parse_args(argv)
-    return exit_status(lambda: _run(options))
+    return parser.parse_args(argv)
 
 
-def _run(options: argparse.Namespace) -> None:
-    check_installed()
+def runs(options: argparse.Namespace) -> list[Job]:
+    """What the command line asks for. Raises ValueError for a recipe, field or value that cannot be."""
     for name in options.recipes:
         if name not in RECIPES:
             raise ValueError(f"unknown recipe {name!r}; there are {', '.join(RECIPES)}")
     recipes = [RECIPES[name].smoke() if options.smoke else RECIPES[name] for name in options.recipes]
     suffix = "-smoke" if options.smoke else ""
-    todo = jobs(recipes, options.overrides or [[]], options.seeds, options.root, suffix)
+    return jobs(recipes, options.overrides or [[]], options.seeds, options.root, suffix)
+
+
+def _run(options: argparse.Namespace) -> None:
+    check_installed()
+    todo = runs(options)
     options.root.mkdir(parents=True, exist_ok=True)  # where it cannot be, better said now
     with cluster(options.address):
         size = {"cpus_per_run": options.cpus_per_run, "gpus_per_run": options.gpus_per_run}

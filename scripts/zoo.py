@@ -14,6 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this repository's packages, whatever else is installed
 
 from snn_rl.cli import exit_status
+from snn_rl.files import atomic
+from snn_rl.stages import check_device
 from snn_rl.zoo import NAME, register
 
 HYPERPARAMETERS = ROOT / "agents" / "zoo" / f"{NAME}.yml"
@@ -54,11 +56,15 @@ def _run(command: str | None, arguments: list[str], figure: Path | None) -> None
         if plots:
             getattr(importlib.import_module("rl_zoo3.plots"), command)()
         else:  # as a program: record_video is nothing else
-            runpy.run_module(MODULES[command], run_name="__main__")
+            try:
+                runpy.run_module(MODULES[command], run_name="__main__")
+            except (AssertionError, TypeError) as error:  # how RL Zoo and SB3 refuse a file or a hyperparameter
+                raise ValueError(f"{command} was refused: {error or type(error).__name__}") from error
     if figure is not None:
         from matplotlib import pyplot
 
-        pyplot.savefig(figure)
+        with atomic(figure) as temporary:
+            pyplot.savefig(temporary)
         print(figure)
 
 
@@ -66,8 +72,9 @@ def _checked(command: str, arguments: list[str]) -> list[str]:
     """``arguments`` with our algorithm and hyperparameters where they name none; ValueError for what is unknown."""
     from rl_zoo3 import ALGOS, import_envs  # noqa: F401  its environments are known from then on
 
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(add_help=False)  # abbreviations are RL Zoo's too
     parser.add_argument("--algo")
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--env", default="CartPole-v1")
     parser.add_argument("-conf", "--conf-file")
     parser.add_argument("--gym-packages", nargs="+")
@@ -81,6 +88,7 @@ def _checked(command: str, arguments: list[str]) -> list[str]:
         raise ValueError(f"unknown environment {options.env!r}: gymnasium has none of that name")
     if {"-optimize", "--optimize-hyperparameters"} & set(arguments) and algo == NAME:
         raise ValueError(f"{NAME} has no search space: set its hyperparameters with -params or -conf")
+    check_device(options.device)
     added = [] if options.algo else ["--algo", NAME]
     if command == "train" and algo == NAME and options.conf_file is None:
         added += ["-conf", str(HYPERPARAMETERS)]

@@ -23,12 +23,15 @@ from snn_rl.vision import VISION_RECIPES, VisionRecipe
 R = TypeVar("R", Recipe, VisionRecipe)
 
 
-def exit_status(command: Callable[[], Any]) -> int:
+RESUMES = "interrupted; the same command goes on from the last checkpoint"
+
+
+def exit_status(command: Callable[[], Any], interrupted: str = "interrupted") -> int:
     """Run ``command``; ValueError and OSError become a line on stderr and status 2, time that is up 3, Ctrl-C 130."""
     try:
         command()
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         return 130
     except vision.OutOfTimeError as stop:
         _say(str(stop))
@@ -116,7 +119,7 @@ def train(argv: Sequence[str] | None, recipes: Mapping[str, Recipe], default: st
         recipe = _chosen(options, overrides, recipes, parser, fixed=("name", "env_id"))
         print_results(run(recipe, _run_dir(options), options.seed, **_begin(options)))
 
-    return exit_status(command)
+    return exit_status(command, RESUMES)
 
 
 def train_classifier(argv: Sequence[str] | None) -> int:
@@ -137,7 +140,7 @@ def train_classifier(argv: Sequence[str] | None) -> int:
         if _is_first():
             print_results(results)
 
-    return exit_status(command)
+    return exit_status(command, RESUMES)
 
 
 def _begin(options: argparse.Namespace) -> dict[str, Any]:

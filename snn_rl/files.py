@@ -49,7 +49,7 @@ def alone_in(directory: Path, wait: float = 0.0) -> Iterator[None]:
         lock.acquire(timeout=wait)
     except Timeout:
         raise ValueError(
-            f"another process trains in {directory}; wait for it, stop it, or use another --run-dir"
+            f"another process trains in {directory}; wait for it, stop it, or use another folder"
         ) from None
     try:
         yield

@@ -84,10 +84,12 @@ def run(
     device: str = "auto",
     ann: Path | None = None,
     progress_bar: bool = False,
+    wait: float = 0.0,
 ) -> dict[str, Any]:
     """Train every stage of ``recipe`` that is not finished yet; returns what ``results.json`` holds.
 
-    ``ann`` is an SB3 DQN's zip that takes the ANN stage's place: it is evaluated, not trained.
+    ``ann`` is an SB3 DQN's zip that takes the ANN stage's place: it is evaluated, not trained. Where another process
+    trains in ``directory``, ``wait`` that many seconds for it to end.
 
     Raises:
         ValueError: a directory of another run, or one that another process trains in; a device that is not there; an
@@ -100,7 +102,7 @@ def run(
         torch.set_num_threads(recipe.cpu_threads)
     this = Run(recipe, directory, seed, device, progress_bar)
     head = {"recipe": recipe.name, "env_id": recipe.env_id, "seed": seed}
-    with alone_in(directory):
+    with alone_in(directory, wait):
         claim(directory, recipe.as_dict(), seed, ann, "the zip of an SB3 DQN")
         return run_stages(directory, chain(recipe.schedule, ann), lambda stage: _train_stage(this, stage), head)
 
@@ -118,6 +120,12 @@ class History:
     extra_steps: int = 0  # environment steps of the parent's play
     extra_updates: int = 0
 
+    def note(self, steps: int, mean: float) -> None:
+        """A validation; of two at one step, before and after a kill, the better one, which is the one that is kept."""
+        noted = dict(self.validation)
+        noted[steps] = max(mean, noted.get(steps, -np.inf))
+        self.validation = [[at, noted[at]] for at in sorted(noted)]
+
 
 def _train_stage(this: Run, stage: Stage) -> None:
     """Train or resume a stage, choose its checkpoint on validation seeds, evaluate it, write its files."""
@@ -132,7 +140,7 @@ def _train_stage(this: Run, stage: Stage) -> None:
             _distill(this, stage, model, history)
         budget = this.recipe.ann.env_steps if stage.timesteps is None else this.recipe.snn_steps(stage.timesteps)
         callback = StageCallback(this, stage, history)
-        if model.num_timesteps < budget and not callback.reached_target:
+        if model.num_timesteps < budget and not callback.reached_target(model.num_timesteps):
             callbacks: list[BaseCallback] = [callback]
             if this.progress_bar:
                 callbacks.append(ProgressBarCallback())
@@ -287,10 +295,14 @@ def _channels_last(model: DQN) -> DQN:
 
 
 def _load(this: Run, algorithm: type[DQN], path: Path, env: VecEnv | None = None) -> DQN:
+    """A model of this run. Raises ValueError, with what to remove to have it trained again, for a damaged one."""
+    remove = path.parent if path.name == "model.zip" else path  # a finished stage's, which is finished without it
     try:
         return _channels_last(algorithm.load(path, env=env, device=this.device))
     except (OSError, ValueError, KeyError, RuntimeError, EOFError, AssertionError) as error:
-        raise ValueError(f"{path} is not a readable {algorithm.__name__} ({_one_line(error)}); remove it") from error
+        raise ValueError(
+            f"{path} is not a readable {algorithm.__name__} ({_one_line(error)}); remove {remove}"
+        ) from error
 
 
 def _load_ann(this: Run, stage: Stage, path: Path) -> DQN:
@@ -329,10 +341,9 @@ class StageCallback(BaseCallback):
         self.env: VecEnv | None = None
         self.average: WeightAverage | None = None
 
-    @property
-    def reached_target(self) -> bool:
+    def reached_target(self, steps: int) -> bool:
         target, needed = self.this.recipe.target_return, self.this.recipe.validations_at_target
-        last = self.history.validation[-needed:]
+        last = [validation for validation in self.history.validation if validation[0] <= steps][-needed:]
         return target is not None and len(last) == needed and all(mean >= target for _, mean in last)
 
     def _on_training_start(self) -> None:
@@ -363,7 +374,7 @@ class StageCallback(BaseCallback):
         if self.num_timesteps >= self.next_validation:
             self.next_validation = self._next(self.this.recipe.validate_every)
             self._validate()
-            if self.reached_target:
+            if self.reached_target(self.num_timesteps):
                 return False
         return True
 
@@ -398,11 +409,11 @@ class StageCallback(BaseCallback):
         with nullcontext() if self.average is None else self.average.in_place():
             mean = evaluate(self.model, self.env, recipe.validation_episodes).mean  # type: ignore[arg-type]
             best = max((m for _, m in self.history.validation), default=-np.inf)
-            self.history.validation.append([self.num_timesteps, mean])
+            self.history.note(self.num_timesteps, mean)
             self.logger.record("validation/mean_reward", mean)
             self.logger.dump(self.num_timesteps)
             if mean >= best:
-                self.model.validated = self.history.validation[-1]  # type: ignore[attr-defined]  # saved with the model
+                self.model.validated = [self.num_timesteps, mean]  # type: ignore[attr-defined]  # saved with the model
                 with atomic(self.folder / BEST) as temporary:
                     self.model.save(temporary)
 
@@ -432,8 +443,14 @@ def _resume(this: Run, stage: Stage) -> tuple[DQN, History] | None:
         return None
     env = this.env(stage, this.recipe.num_envs, 0)
     model = _load(this, _algorithm(stage), folder / "checkpoint.zip", env)
-    model.load_replay_buffer(folder / "checkpoint.replay.pkl")
-    history = History(**read_json(folder / "checkpoint.json"))
+    try:
+        model.load_replay_buffer(folder / "checkpoint.replay.pkl")
+        history = History(**read_json(folder / "checkpoint.json"))
+    except Exception as error:  # unpickling a damaged file may raise anything
+        raise ValueError(
+            f"the replay or the history beside {folder / 'checkpoint.zip'} is not readable ({_one_line(error)}); "
+            "remove that file to begin the stage again"
+        ) from error
     if isinstance(model, SpikingDQN):
         model.teacher = this.teacher(_load(this, DQN, this.directory / "ann" / "model.zip"), env)
     # The history may be one checkpoint ahead of the model, where a kill fell between the two.
@@ -442,11 +459,9 @@ def _resume(this: Run, stage: Stage) -> tuple[DQN, History] | None:
     history.curve = {key: [values[n] for n in kept] for key, values in history.curve.items()}
     history.validation = [[at, mean] for at, mean in history.validation if at <= steps]
     if (folder / BEST).is_file():  # perhaps of a validation that was made since, and is as true
-        validated = _load(this, _algorithm(stage), folder / BEST).validated  # type: ignore[attr-defined]
-        if validated not in history.validation:
-            history.validation.append(validated)
-    # Not the same episodes and the same exploration once more, which the stage began with.
-    draw = np.random.default_rng([this.seed, steps])
+        history.note(*_load(this, _algorithm(stage), folder / BEST).validated)  # type: ignore[attr-defined]
+    # Not the same episodes, exploration and replayed windows once more, which the stage began with.
+    draw = np.random.default_rng([this.seed, steps, getattr(model, "distilled", 0)])
     model.set_random_seed(int(draw.integers(2**31)))
     env.seed(this.first_seed + int(draw.integers(SEEDS_PER_RUN - this.recipe.num_envs + 1)))
     return model, history

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -123,9 +124,14 @@ class Recipe:
     def __post_init__(self) -> None:
         check_schedule(self.schedule)
         check_numbers(self, fractions=FRACTIONS, may_be_zero=MAY_BE_ZERO, may_be_negative={"target_return"})
+        sizes = [n for convolution in self.network.convolutions for n in convolution]
+        for size in (*sizes, *self.network.net_arch):
+            if size < 1:
+                raise ValueError(f"sizes in network.convolutions and network.net_arch must be >= 1, got {size}")
         for kwargs, prefix in ((self.env_kwargs, "env_kwargs"), (self.ann_env_kwargs, "ann_env_kwargs")):
-            if int(kwargs.get("frame_stack", 1)) < 1:
-                raise ValueError(f"{prefix}.frame_stack must be >= 1, got {kwargs['frame_stack']}")
+            frames = kwargs.get("frame_stack", 1)
+            if not isinstance(frames, int) or frames < 1:
+                raise ValueError(f"{prefix}.frame_stack must be >= 1, got {frames}")
         snn = self.snn
         if not snn.td_weight and not snn.distillation_weight:
             raise ValueError("snn.td_weight and snn.distillation_weight must not both be 0: nothing would be learnt")
@@ -134,8 +140,17 @@ class Recipe:
                 f"snn.play_learning_rate must be <= snn.learning_rate ({snn.learning_rate:g}), which falls to it, "
                 f"got {snn.play_learning_rate:g}"
             )
-        if not snn.distillation_temperature:
-            raise ValueError("snn.distillation_temperature must be > 0, got 0.0")
+        for name, number in (
+            ("snn.distillation_temperature", snn.distillation_temperature),
+            ("snn.max_grad_norm", snn.max_grad_norm),
+            ("ann.max_grad_norm", self.ann.max_grad_norm),
+        ):
+            if not number:
+                raise ValueError(f"{name} must be > 0, got {number}")
+        if self.total_snn_steps is not None and self.total_snn_steps < len(self.schedule):
+            raise ValueError(
+                f"total_snn_steps must be >= {len(self.schedule)}, one for each stage, got {self.total_snn_steps}"
+            )
         window = snn.burn_in + snn.sequence_length + snn.n_steps
         window += int(self.env_kwargs.get("frame_stack", 1)) - 1
         if snn.buffer_size < window * self.num_envs:
@@ -145,7 +160,12 @@ class Recipe:
             )
         if not 0 < self.snn.percentile <= 100:
             raise ValueError(f"snn.percentile must lie in (0, 100], got {self.snn.percentile}")
-        frames = int(self.ann_env_kwargs.get("frame_stack", 1)) // int(self.env_kwargs.get("frame_stack", 1))
+        seen, stacked = (int(kwargs.get("frame_stack", 1)) for kwargs in (self.env_kwargs, self.ann_env_kwargs))
+        if stacked > 1 and stacked % seen:
+            raise ValueError(
+                f"ann_env_kwargs.frame_stack must be a multiple of env_kwargs.frame_stack ({seen}), got {stacked}"
+            )
+        frames = stacked // seen
         if frames > 1 and self.snn.burn_in < frames - 1:
             raise ValueError(
                 f"snn.burn_in must be >= {frames - 1}, got {self.snn.burn_in}: the ANN that teaches sees {frames} "
@@ -224,17 +244,23 @@ def check_numbers(
 ) -> None:
     """Raises ValueError where a number in a dataclass, or in one inside it, is out of range: integers must be >= 1."""
     names = {"fractions": fractions, "may_be_zero": may_be_zero, "may_be_negative": may_be_negative}
-    for name in (f.name for f in dataclasses.fields(config)):
-        value = getattr(config, name)
+    for field_ in dataclasses.fields(config):
+        name, value = field_.name, getattr(config, field_.name)
         if dataclasses.is_dataclass(value):
             check_numbers(value, **names, prefix=f"{prefix}{name}.")
-        least = 0 if name in may_be_zero else 1
-        if isinstance(value, int) and not isinstance(value, bool) and value < least:
-            raise ValueError(f"{prefix}{name} must be >= {least}, got {value}")
-        if isinstance(value, float) and name not in may_be_negative and not value >= 0:
-            raise ValueError(f"{prefix}{name} must be >= 0, got {value}")
-        if isinstance(value, float) and name in fractions and value > 1:
-            raise ValueError(f"{prefix}{name} must lie in [0, 1], got {value}")
+        if value is None or isinstance(value, bool):
+            continue
+        if str(field_.type).startswith("int"):
+            least = 0 if name in may_be_zero else 1
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{prefix}{name} must be >= {least}, got {value}")
+        elif str(field_.type).startswith("float"):
+            if not isinstance(value, int | float) or not (value >= 0 or name in may_be_negative):
+                raise ValueError(f"{prefix}{name} must be >= 0, got {value}")
+            if not math.isfinite(value):
+                raise ValueError(f"{prefix}{name} must be finite, got {value}")
+            if name in fractions and value > 1:
+                raise ValueError(f"{prefix}{name} must lie in [0, 1], got {value}")
 
 
 FRACTIONS = {"leak", "gamma", "exploration_eps"}

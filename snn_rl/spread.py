@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from snn_rl.convert import SYNAPSES
 from snn_rl.network import SpikingNetwork
+from snn_rl.neuron import LIF
 
 MAX_GAIN = 30.0
 MAX_PATCHES = 2**17  # of images; more are sampled
@@ -32,21 +33,22 @@ def spread_first_synapse(network: SpikingNetwork, samples: Tensor, max_gain: flo
     anything: what moves leaves a trail of spikes.
 
     Draws from torch's global generator. Raises ValueError where the first synapse is neither a Linear layer nor a
-    Conv2d of one group, or has no bias.
+    Conv2d of one group that pads with zeros, or has no bias.
     """
     first = next((module for module in network.modules() if isinstance(module, SYNAPSES)), None)
     bias = None if first is None else first.bias
     if isinstance(first, nn.Linear) and bias is not None:
         x = samples.flatten(1)
         deviation, length = x.std(0, correction=0), 1.0
-    elif isinstance(first, nn.Conv2d) and first.groups == 1 and bias is not None:
+    elif isinstance(first, nn.Conv2d) and bias is not None and _unfolds(first):
         x = _patches(first, samples)
         shown = x[x.amax(1) > x.amin(1)]
         deviation = shown.std(0, correction=0) if len(shown) else torch.zeros_like(x[0])
         length = 1 / math.sqrt(x.shape[1])  # neighbouring pixels go together, entries of other observations do not
     else:
         raise ValueError(
-            f"only a first layer Linear or Conv2d (of one group), with a bias, can be spread, got {first}; "
+            f"only a Linear or Conv2d first layer (of one group, padded by numbers, with zeros), with a bias, can be "
+            f"spread, got {first}; "
             "train the ANN on the frames that the spiking agent sees"
         )
     neurons = first.weight.shape[0]
@@ -58,6 +60,11 @@ def spread_first_synapse(network: SpikingNetwork, samples: Tensor, max_gain: flo
         at = x[torch.randint(len(x), (neurons,), device=x.device)]
         first.weight.copy_(weight.view_as(first.weight))
         bias.copy_(threshold / 2 - (weight * at).sum(1))
+
+
+def _unfolds(convolution: nn.Conv2d) -> bool:
+    zeros = convolution.padding_mode == "zeros" and not isinstance(convolution.padding, str)
+    return convolution.groups == 1 and zeros
 
 
 def _patches(convolution: nn.Conv2d, images: Tensor) -> Tensor:
@@ -79,7 +86,8 @@ def scale_currents(network: SpikingNetwork, samples: Tensor) -> None:
 
     As layer-sequential unit variance (Mishkin and Matas 2016), on a frame of ``samples`` (batch, ...) from silence.
     PyTorch's own initial weights are smaller: behind two layers of spikes a third would be silent, and learn nothing.
-    A current that does not vary is left as it is.
+    A current that does not vary is left as it is. What reaches a LIF layer past the synapses, on a shortcut of a
+    residual block, is not scaled.
     """
     graph = network.graph
     nodes = {str(node.target): node for node in graph.graph.nodes if node.op == "call_module"}
@@ -91,7 +99,8 @@ def scale_currents(network: SpikingNetwork, samples: Tensor) -> None:
         if deviation > 1e-6:
             for synapse in _synapses_before(graph, nodes[name]):
                 for parameter in synapse.parameters():
-                    parameter.data.mul_(DEVIATION * lif.threshold.detach() / deviation)
+                    with torch.no_grad():  # not by .data, of which acting by events would not notice
+                        parameter.mul_(DEVIATION * lif.threshold / deviation)
 
 
 def _synapses_before(graph: fx.GraphModule, node: fx.Node) -> set[nn.Module]:
@@ -99,5 +108,7 @@ def _synapses_before(graph: fx.GraphModule, node: fx.Node) -> set[nn.Module]:
     found: set[nn.Module] = set()
     for source in node.all_input_nodes:
         module = graph.get_submodule(str(source.target)) if source.op == "call_module" else None
+        if isinstance(module, LIF):
+            continue
         found |= {module} if isinstance(module, SYNAPSES) else _synapses_before(graph, source)
     return found

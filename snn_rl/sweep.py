@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from snn_rl.cli import overridden
-from snn_rl.files import alone_in, atomic, read_json, write_json
+from snn_rl.files import atomic, read_json, write_json
 from snn_rl.memory import keep_freed_memory
 from snn_rl.pipeline import run
 from snn_rl.recipe import Recipe
@@ -238,24 +238,29 @@ def _train(recipe: Recipe, directory: Path, seed: int, device: str, cpus: int) -
     """In a worker: one run, or what is left of it."""
     torch.set_num_threads(cpus)  # a recipe's own cpu_threads go before it
     keep_freed_memory()
-    _take_over(directory)
+    _mark(directory)
     try:
-        return run(recipe, directory, seed, device=device)
+        return run(recipe, directory, seed, device=device, wait=GRACE_SECONDS)
     finally:
-        (directory / MARK).unlink(missing_ok=True)
+        mark = directory / MARK
+        if mark.is_file() and read_json(mark) == _whoami():  # not of the worker that has taken over
+            mark.unlink()
 
 
-def _take_over(directory: Path) -> None:
-    """Let a worker that was here before come to its end, and leave our own mark.
+def _mark(directory: Path) -> None:
+    """Leave our mark where a run begins; first let another machine's worker that left its own come to its end.
 
-    On one machine its lock tells. Over machines the lock may not, where the file system keeps it to itself: there a
-    mark that was left behind is given the time in which Ray ends a worker that it has lost.
+    On one machine the folder's lock tells, for which `run` waits. Over machines it may not, where the file system
+    keeps it to itself: a mark that was left behind is given the time in which Ray ends a worker that it has lost.
     """
-    here, mark = socket.gethostname(), directory / MARK
-    if mark.is_file() and read_json(mark)["host"] != here:
+    mark = directory / MARK
+    if mark.is_file() and read_json(mark)["host"] != socket.gethostname():
         time.sleep(GRACE_SECONDS)
-    with alone_in(directory, wait=GRACE_SECONDS):
-        write_json(mark, {"host": here, "pid": os.getpid()})
+    write_json(mark, _whoami())
+
+
+def _whoami() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid()}
 
 
 # --- the table ------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import functools
 import importlib
 import importlib.metadata
 import io
+import itertools
 import re
 import shlex
 import shutil
@@ -30,7 +31,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from agents import RECIPES
+from scripts import sweep as sweep_script
 from snn_rl import to_spiking
+from snn_rl.files import write_json
+from snn_rl.sweep import gather, jobs
 from snn_rl.vision import Classifier, build, save_classifier
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -99,6 +104,8 @@ def test_what_a_page_says_runs(page: str, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     if page == "README.md":
         a_classifier(tmp_path)
+    if page == "docs/sweep.md":
+        a_table(tmp_path)
     asked: set[str] = set()
     for kind, code in snippets(page):
         if kind == "python":
@@ -121,6 +128,8 @@ def command(code: str, asked: set[str]) -> None:
         elif code not in asked:
             asked.add(code)
             check_options(arguments)
+            if arguments[0] == "scripts/sweep.py":  # its recipes, fields and values too
+                sweep_script.runs(sweep_script.parse(arguments[1:]))
     else:
         assert shutil.which(program, path=str(Path(sys.executable).parent)), f"{program} is not installed"
         for extras in re.findall(r"\.\[([\w,]+)\]", code):
@@ -159,15 +168,15 @@ def check_options(arguments: list[str]) -> None:
 
 
 @functools.cache
-def help_of_benchmark(script: str) -> tuple[int, str]:
-    """In a process of its own: it imports what lies beside it. None has a help that depends on its arguments."""
-    result = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
+def help_of_benchmark(*words: str) -> tuple[int, str]:
+    """In a process of its own: it imports what lies beside it. ``words``: the script, and which part of it."""
+    result = subprocess.run([sys.executable, *words, "--help"], cwd=ROOT, capture_output=True, text=True)
     return result.returncode, result.stdout + result.stderr
 
 
 def help_of(arguments: list[str]) -> tuple[int, str]:
     if not arguments[0].startswith("scripts/"):
-        return help_of_benchmark(arguments[0])
+        return help_of_benchmark(*itertools.takewhile(lambda word: not word.startswith("-"), arguments))
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
         status = run([*arguments, "--help"])
@@ -189,11 +198,24 @@ def a_classifier(folder: Path) -> None:
         Image.new("RGB", (8, 8)).save(folder / name)
 
 
+def a_table(folder: Path) -> None:
+    """What the snippet on sweeps reads: the table of a sweep of CartPole."""
+    todo = jobs([RECIPES["cartpole"]], [[]], [0, 1], Path("runs/sweep"))
+    stage = {"stage": "T1", "eval": {"mean": 500.0}, "spike_rate": None, "energy": None}
+    write_json(folder / "runs/sweep/sweep.json", gather(todo, {job: {"stages": [stage]} for job in todo}, {}))
+
+
 def test_an_option_that_is_unknown_and_a_command_that_fails_are_noticed(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="no option --stickiness"):
         check_options(["scripts/evaluate.py", "FILE", "--stickiness", "0.25"])
     (tmp_path / "none").write_bytes(b"")
     with pytest.raises(AssertionError, match="evaluate"):
         command(f"python scripts/evaluate.py {tmp_path / 'none'}", set())
+    with pytest.raises(ValueError, match="unknown recipe 'cartpool'"):
+        command("python scripts/sweep.py cartpool", set())
+    with pytest.raises(ValueError, match=r"--set snn\.lek=1: cartpole has no such field"):
+        command("python scripts/sweep.py cartpole --set snn.lek=1", set())
+    with pytest.raises(AssertionError, match="kils"):
+        command("python benchmarks/endurance.py kils", set())
     with pytest.raises(AssertionError, match="make train"):
         command("make train", set())

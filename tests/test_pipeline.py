@@ -27,7 +27,7 @@ from snn_rl import load_policy
 from snn_rl.cli import exit_status
 from snn_rl.files import alone_in
 from snn_rl.pipeline import run
-from snn_rl.recipe import SEEDS_PER_RUN, TEST_SEEDS, VALIDATION_SEEDS, Recipe
+from snn_rl.recipe import SEEDS_PER_RUN, TEST_SEEDS, VALIDATION_SEEDS, NetworkConfig, Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -206,7 +206,9 @@ def test_the_best_of_before_a_kill_is_not_lost(tmp_path: Path, monkeypatch: pyte
         with pytest.raises(Killed):
             run(recipe, tmp_path, 0, device="cpu")
     ann = run(recipe, tmp_path, 0, device="cpu")["stages"][0]
-    assert max(mean for _, mean in ann["validation"]) == 400.0
+    steps = [at for at, _ in ann["validation"]]
+    assert steps == sorted(set(steps))  # the validation at 600 steps was made twice, and counts once
+    assert [600, 400.0] in ann["validation"]
     assert DQN.load(tmp_path / "ann" / "model.zip").validated == [600, 400.0]  # type: ignore[attr-defined]
 
 
@@ -523,8 +525,32 @@ def test_cuda_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_truncated_checkpoint_is_named(tmp_path: Path) -> None:
     (tmp_path / "ann").mkdir(parents=True)
     (tmp_path / "ann" / "checkpoint.zip").write_bytes(b"PK\x03\x04")
-    with pytest.raises(ValueError, match=r"checkpoint.zip is not a readable DQN .*; remove it"):
+    with pytest.raises(ValueError, match=r"checkpoint.zip is not a readable DQN .*; remove .*/ann/checkpoint.zip"):
         run(tiny(), tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("file", ["checkpoint.replay.pkl", "checkpoint.json"])
+@pytest.mark.parametrize("damage", [b"", b"[1, 2]", None], ids=["empty", "other", "missing"])
+def test_a_damaged_file_beside_the_checkpoint_is_named(file: str, damage: bytes | None, tmp_path: Path) -> None:
+    this = pipeline.Run(tiny(), tmp_path, 0, "cpu")
+    stage = pipeline.Stage(None, None)
+    env = this.env(stage, this.recipe.num_envs, 0)
+    pipeline._save_checkpoint(tmp_path / "ann", pipeline.new_ann(this, env), pipeline.History())
+    if damage is None:
+        (tmp_path / "ann" / file).unlink()
+    else:
+        (tmp_path / "ann" / file).write_bytes(damage)
+    with pytest.raises(ValueError, match=r"beside .*ann/checkpoint.zip is not readable .*; remove that file"):
+        run(tiny(), tmp_path, 0, device="cpu")
+
+
+def test_a_damaged_parent_says_which_stage_to_train_again(tmp_path: Path) -> None:
+    recipe = tiny(schedule=(1,))
+    run(recipe, tmp_path, 0, device="cpu")
+    (tmp_path / "T1" / "metrics.json").unlink()
+    (tmp_path / "ann" / "model.zip").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"ann/model.zip is not a readable DQN .*; remove .*/ann$"):
+        run(recipe, tmp_path, 0, device="cpu")
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
@@ -558,6 +584,16 @@ sys.exit(main(["--smoke", "--schedule", "1", "--run-dir", {str(tmp_path / "run")
         ({"eval_episodes": 0}, "eval_episodes must be >= 1, got 0"),
         ({"eval_episodes": 5000}, "must be <= 1000"),
         ({"env_kwargs": {"frame_stack": 0}}, "env_kwargs.frame_stack must be >= 1, got 0"),
+        ({"env_kwargs": {"frame_stack": float("inf")}}, "env_kwargs.frame_stack must be >= 1, got inf"),
+        ({"env_kwargs": {"frame_stack": "many"}}, "env_kwargs.frame_stack must be >= 1, got many"),
+        (
+            {"env_kwargs": {"frame_stack": 3}, "ann_env_kwargs": {"frame_stack": 8}},
+            r"ann_env_kwargs.frame_stack must be a multiple of env_kwargs.frame_stack \(3\), got 8",
+        ),
+        ({"network": NetworkConfig(net_arch=(64, 0))}, "network.net_arch must be >= 1, got 0"),
+        ({"network": NetworkConfig(convolutions=((8, 0, 2),))}, "network.net_arch must be >= 1, got 0"),
+        ({"target_return": float("nan")}, "target_return must be finite, got nan"),
+        ({"total_snn_steps": 1}, "total_snn_steps must be >= 2, one for each stage, got 1"),
         ({"ann_env_kwargs": {"frame_stack": -1}}, "ann_env_kwargs.frame_stack must be >= 1, got -1"),
         ({"ann_env_kwargs": {"frame_stack": 4}}, "snn.burn_in must be >= 3, got 0: the ANN that teaches sees 4 frames"),
     ],
@@ -574,6 +610,11 @@ def test_bad_recipes_are_named(changes: dict[str, Any], message: str) -> None:
         ({"leak": 1.5}, r"snn.leak must lie in \[0, 1\], got 1.5"),
         ({"leak": -0.5}, "snn.leak must be >= 0, got -0.5"),
         ({"learning_rate": float("nan")}, "snn.learning_rate must be >= 0, got nan"),
+        ({"learning_rate": float("inf")}, "snn.learning_rate must be finite, got inf"),
+        ({"leak": 2}, r"snn.leak must lie in \[0, 1\], got 2"),
+        ({"spike_weight": -1}, "snn.spike_weight must be >= 0, got -1"),
+        ({"batch_size": 2.5}, "snn.batch_size must be >= 1, got 2.5"),
+        ({"max_grad_norm": 0.0}, "snn.max_grad_norm must be > 0, got 0.0"),
         (
             {"learning_rate": 1e-3, "play_learning_rate": 2e-3},
             r"snn.play_learning_rate must be <= snn.learning_rate \(0.001\), which falls to it, got 0.002",
@@ -604,12 +645,14 @@ def test_a_kill_while_a_stage_distils_costs_a_piece_of_it(tmp_path: Path, monkey
 
     rates: list[float] = []
     collected: list[int] = []
+    drawn: list[np.ndarray] = []
     distill, collect = pipeline.SpikingDQN.distill, pipeline.SpikingDQN.collect
 
-    def dies_in_its_fourth_piece(self: pipeline.SpikingDQN, steps: int, schedule: Any) -> float:
+    def dies_twice(self: pipeline.SpikingDQN, steps: int, schedule: Any) -> float:
+        drawn.append(np.random.get_state()[1].copy())  # type: ignore[index, union-attr]
         loss = distill(self, steps, schedule)
         rates.append(self.policy.optimizer.param_groups[0]["lr"])
-        if len(rates) == 4:
+        if len(rates) in (2, 5):
             raise Killed
         return loss
 
@@ -617,21 +660,24 @@ def test_a_kill_while_a_stage_distils_costs_a_piece_of_it(tmp_path: Path, monkey
         collected.append(steps)
         collect(self, actor, steps)
 
-    monkeypatch.setattr(pipeline.SpikingDQN, "distill", dies_in_its_fourth_piece)
+    monkeypatch.setattr(pipeline.SpikingDQN, "distill", dies_twice)
     monkeypatch.setattr(pipeline.SpikingDQN, "collect", counted)
-    with pytest.raises(Killed):
-        run(recipe, tmp_path, 0, device="cpu")
-    kept = pipeline.SpikingDQN.load(tmp_path / "T1" / "checkpoint.zip", device="cpu")
-    assert kept.distilled == 9  # three pieces of 50 / 20, rounded up
+    for pieces in (1, 3):
+        with pytest.raises(Killed):
+            run(recipe, tmp_path, 0, device="cpu")
+        kept = pipeline.SpikingDQN.load(tmp_path / "T1" / "checkpoint.zip", device="cpu")
+        assert kept.distilled == 3 * pieces  # 50 / 20, rounded up
     results = run(recipe, tmp_path, 0, device="cpu")
     assert collected == [recipe.snn.parent_steps]
-    # The fourth piece was made twice; the learning rate is that of one distillation without a break.
-    assert rates[3] == rates[4]
-    assert len(rates) == 1 + 17
+    # The second and the fourth piece were made twice; the learning rate is that of one distillation without a break.
+    assert (rates[1], rates[4]) == (rates[2], rates[5])
+    assert len(rates) == 2 + 17
+    # Other windows after each start, which would else be all that is ever replayed.
+    assert not np.array_equal(drawn[2], drawn[5])
     ends = [min(3 * piece, 50) - 1 for piece in range(1, 18)]
     first, last = recipe.snn.learning_rate, recipe.snn.play_learning_rate
     expected = [first + (last - first) * at / 50 for at in ends]
-    np.testing.assert_allclose(rates[:3] + rates[4:], expected)
+    np.testing.assert_allclose(rates[:1] + rates[2:4] + rates[5:], expected)
     stage = results["stages"][1]
     assert stage["env_steps"] == recipe.snn.parent_steps + recipe.snn.env_steps
     assert stage["updates"] >= 50
@@ -647,6 +693,7 @@ def test_averaged_weights_are_validated_kept_and_resumed(tmp_path: Path, monkeyp
     class Killed(BaseException):
         pass
 
+    best: dict[str, torch.Tensor] = {}
     evaluated, rollout = pipeline.evaluate, pipeline.StageCallback._on_rollout_start
     checkpointed: dict[str, torch.Tensor] = {}
 
@@ -667,6 +714,8 @@ def test_averaged_weights_are_validated_kept_and_resumed(tmp_path: Path, monkeyp
             validated += 1
             for name, weight in agent.q_net.state_dict().items():
                 torch.testing.assert_close(weight, by_hand[name])
+            best.update(by_hand)  # as every validation is made to be
+            return dataclasses.replace(evaluated(agent, env, episodes), returns=[float(validated)])
         return evaluated(agent, env, episodes)
 
     monkeypatch.setattr(pipeline.StageCallback, "_on_rollout_start", follow)
@@ -678,4 +727,6 @@ def test_averaged_weights_are_validated_kept_and_resumed(tmp_path: Path, monkeyp
     run(recipe, tmp_path, 0, device="cpu")
     assert validated >= 2
     kept = DQN.load(tmp_path / "ann" / "model.zip", device="cpu")
-    assert kept.validated[0] in (512, 1_024)  # type: ignore[attr-defined]
+    assert kept.validated[1] == validated  # type: ignore[attr-defined]
+    for name, weight in kept.q_net.state_dict().items():
+        torch.testing.assert_close(weight, best[name])

@@ -58,7 +58,7 @@ def test_watch_and_report_take_a_runs_files(pong_run: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--recipe", "chess"], "unknown recipe 'chess'; there are cartpole"),
+        (["--recipe", "chess"], "unknown recipe 'chess'; there are breakout-lite, cartpole"),
         (["--seed", "-1"], "seed must lie in [0, 100000), got -1"),
         (["--schedule", "1", "2"], "schedule must be decreasing timesteps"),
         (["--snn.percentile", "101"], "snn.percentile must lie in (0, 100], got 101.0"),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gymnasium.spaces import Box, Discrete
 from torch import nn
 
 from snn_rl import to_spiking
 from snn_rl.convert import spiking_architecture
+from snn_rl.dqn.policy import MlpPolicy
 from snn_rl.spread import scale_currents, spread_first_synapse
 
 
@@ -74,14 +76,19 @@ def test_what_moves_leaves_a_trail() -> None:
 
 @pytest.mark.parametrize(
     "first",
-    [nn.Conv2d(1, 2, 3, bias=False), nn.Conv2d(2, 2, 3, groups=2)],
-    ids=["no-bias", "groups"],
+    [
+        nn.Conv2d(1, 2, 3, bias=False),
+        nn.Conv2d(2, 2, 3, groups=2),
+        nn.Conv2d(1, 2, 3, padding="valid"),
+        nn.Conv2d(1, 2, 5, padding=1, padding_mode="reflect"),
+    ],
+    ids=["no-bias", "groups", "padding-by-name", "reflect"],
 )
 def test_spread_first_synapse_refuses_what_it_cannot_draw(first: nn.Conv2d) -> None:
     images = torch.rand(4, first.in_channels, 8, 8)
     ann = nn.Sequential(first, nn.ReLU(), nn.Flatten(), nn.Linear(2 * 36, 2))
     network = to_spiking(ann, images, timesteps=1)
-    with pytest.raises(ValueError, match=r"only a first layer Linear or Conv2d.* can be spread, got .*Conv2d"):
+    with pytest.raises(ValueError, match=r"only a Linear or Conv2d first layer .* can be spread, got .*Conv2d"):
         spread_first_synapse(network, images)
 
 
@@ -163,3 +170,39 @@ def test_two_branches_into_one_layer_are_scaled_alike() -> None:
     ratio = left.weight / right.weight
     scale_currents(network, x)
     torch.testing.assert_close(left.weight / right.weight, ratio)
+
+
+class Shortcut(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last, self.relu = nn.Linear(3, 6), nn.Linear(6, 6), nn.Linear(6, 2), nn.ReLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.relu(self.first(x))
+        return self.last(torch.relu(self.second(h) + h))
+
+
+def test_behind_a_shortcut_the_first_synapse_is_left_as_it_was_spread() -> None:
+    torch.manual_seed(0)
+    x = torch.rand(50, 3)
+    network = spiking_architecture(Shortcut(), 1)
+    spread_first_synapse(network, x)
+    named = dict(network.named_modules())
+    first, second = named["graph.first"], named["graph.second"]
+    assert isinstance(first, nn.Linear)
+    assert isinstance(second, nn.Linear)
+    before = first.weight.clone(), second.weight.clone()
+    scale_currents(network, x)
+    assert torch.equal(first.weight, before[0])
+    assert not torch.equal(second.weight, before[1])
+
+
+def test_an_agent_that_has_acted_sees_its_new_weights() -> None:
+    torch.manual_seed(0)
+    policy = MlpPolicy(Box(-1, 1, (3,)), Discrete(2), lambda _: 0.0, net_arch=[8, 8], timesteps=1)
+    x = torch.rand(5, 3)
+    policy.q_net.act(x, None, None)
+    scale_currents(policy.q_net.network, x)
+    acted, _ = policy.q_net.act(x, None, None)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.as_tensor(acted), policy.q_net(x)[0])

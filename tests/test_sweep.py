@@ -177,7 +177,7 @@ def test_what_no_machine_can_run_is_refused(workers: None, tmp_path: Path) -> No
 # --- taking over a folder
 
 
-def test_a_folder_is_taken_over_when_the_process_before_lets_go(tmp_path: Path) -> None:
+def test_a_run_waits_for_the_process_before_to_let_go(tmp_path: Path) -> None:
     held, enough = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -190,27 +190,38 @@ def test_a_folder_is_taken_over_when_the_process_before_lets_go(tmp_path: Path) 
     try:
         assert held.wait(60)
         threading.Timer(0.3, enough.set).start()
-        module._take_over(tmp_path)
+        results = module._train(tiny(), tmp_path, 0, "cpu", 1)
     finally:
         enough.set()
         holder.join()
-    assert json.loads((tmp_path / module.MARK).read_text())["pid"] == os.getpid()
+    assert [stage["stage"] for stage in results["stages"]] == ["ann", "T1"]
+    assert not (tmp_path / module.MARK).exists()
 
 
-def test_a_folder_that_stays_held_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_stays_held_is_an_error_and_keeps_its_holders_mark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "GRACE_SECONDS", 0.0)
-    with alone_in(tmp_path), pytest.raises(ValueError, match="another process trains in"):
-        module._take_over(tmp_path)
+    mark = tmp_path / module.MARK
+
+    def others(*_: Any, **__: Any) -> None:
+        write_json(mark, {"host": "another", "pid": 1})  # who holds the folder
+        raise ValueError("another process trains in it")
+
+    monkeypatch.setattr(module, "run", others)
+    with pytest.raises(ValueError, match="another process trains in"):
+        module._train(tiny(), tmp_path, 0, "cpu", 1)
+    assert json.loads(mark.read_text())["host"] == "another"
 
 
 def test_another_machines_worker_is_given_time_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
     monkeypatch.setattr(module.time, "sleep", slept.append)
-    module._take_over(tmp_path)
-    module._take_over(tmp_path)  # this machine's own: its lock tells
+    module._mark(tmp_path)
+    module._mark(tmp_path)  # this machine's own: its lock tells
     assert slept == []
     write_json(tmp_path / module.MARK, {"host": "another", "pid": 1})
-    module._take_over(tmp_path)
+    module._mark(tmp_path)
     assert slept == [module.GRACE_SECONDS]
 
 
@@ -303,7 +314,7 @@ def test_every_run_has_its_own_recipe_seed_and_folder() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["chess"], "unknown recipe 'chess'; there are cartpole"),
+        (["chess"], "unknown recipe 'chess'; there are breakout-lite, cartpole"),
         (["cartpole", "--set", "snn.nope=1"], "--set snn.nope=1: cartpole has no such field"),
         (
             ["cartpole", "--set", "snn.leak=much"],

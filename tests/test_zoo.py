@@ -82,6 +82,10 @@ def test_train_enjoy_record_and_plot(tmp_path: Path) -> None:
     [
         (["dance"], "unknown command 'dance'; there are train"),
         (["train", "--algo", "chess"], "unknown algorithm 'chess'"),
+        (["train", "--alg", "chess"], "unknown algorithm 'chess'"),
+        (["train", "--device", "gpu"], "gpu"),
+        (["train", "-i", "none.zip"], "train was refused"),
+        (["enjoy", "-f", "nowhere"], "enjoy was refused"),
         (["train", "--env", "Chess-v9"], "unknown environment 'Chess-v9'"),
     ],
 )

@@ -492,6 +492,8 @@ class SpikingDQN(DQN):
     def distill(self, gradient_steps: int, learning_rate: Schedule | None = None) -> float:
         """Regress on ``self.teacher``'s Q-values over replayed windows; returns the mean loss of the last tenth.
 
+        The loss is `distillation_loss`, at weight 1, and what ``spike_weight`` adds to it.
+
         ``learning_rate`` is a schedule over these steps; without one, the rate is where the agent's own stands. Ends
         with the target network equal to the online one. Raises ValueError where no teacher is set.
         """
