@@ -122,7 +122,7 @@ class History:
 
     def note(self, steps: int, mean: float) -> None:
         """A validation; of two at one step, before and after a kill, the better one, which is the one that is kept."""
-        noted = dict(self.validation)
+        noted: dict[float, float] = {at: kept for at, kept in self.validation}  # noqa: C416  mypy knows no pairs in lists
         noted[steps] = max(mean, noted.get(steps, -np.inf))
         self.validation = [[at, noted[at]] for at in sorted(noted)]
 
@@ -444,7 +444,8 @@ def _resume(this: Run, stage: Stage) -> tuple[DQN, History] | None:
     env = this.env(stage, this.recipe.num_envs, 0)
     model = _load(this, _algorithm(stage), folder / "checkpoint.zip", env)
     try:
-        model.load_replay_buffer(folder / "checkpoint.replay.pkl")
+        with (folder / "checkpoint.replay.pkl").open("rb") as file:  # SB3 leaves it open where it is damaged
+            model.load_replay_buffer(file)
         history = History(**read_json(folder / "checkpoint.json"))
     except Exception as error:  # unpickling a damaged file may raise anything
         raise ValueError(
