@@ -20,7 +20,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "agents" / "pretrained"
 PUBLISHED = {path.parent.name: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*/results.json"))}
 STAGES = [(recipe, stage) for recipe, results in PUBLISHED.items() for stage in results["stages"]]
 # Return after a few seconds of play (emulator frames of an episode, least mean return): what a random agent never has.
-SHORT = {"pong-lite": (2_400, -3.0)}
+SHORT = {"pong-lite": (2_400, -3.0), "pong-single-frame": (2_400, -3.0)}
 
 
 @pytest.mark.parametrize(("recipe", "stage"), STAGES, ids=[f"{recipe}-{stage['stage']}" for recipe, stage in STAGES])
@@ -36,6 +36,18 @@ def test_a_shipped_file_plays(recipe: str, stage: dict[str, Any]) -> None:
     short = {} if frames is None else {"max_episode_frames": frames}
     played = evaluate(policy, environment_of(policy, RECIPES, 4, TEST_SEEDS, **short), 4)
     assert played.mean >= least
+
+
+@pytest.mark.parametrize("stage", ["T3", "T2", "T1"])
+def test_pong_on_one_frame_is_lost_where_the_membranes_are_cleared(stage: str) -> None:
+    policy = load_policy(FOLDER / "pong-single-frame" / f"{stage}.safetensors")
+    frames, _ = SHORT["pong-single-frame"]
+    returns = []
+    for persistent in (True, False):
+        policy.policy.q_net.persistent = persistent  # type: ignore[assignment]
+        env = environment_of(policy, RECIPES, 2, TEST_SEEDS, max_episode_frames=frames)
+        returns.append(evaluate(policy, env, 2).mean)
+    assert returns[0] > 0 > -10 > returns[1]
 
 
 def test_nothing_else_is_shipped_and_the_table_is_up_to_date(tmp_path: Path) -> None:
