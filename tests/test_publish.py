@@ -99,7 +99,7 @@ def test_what_cannot_be_shipped_is_named(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main([str(tmp_path), "--command", "-", "--into", str(tmp_path)]) == 2
-    assert "is no run of a recipe here: cartpole, " in capsys.readouterr().err
+    assert "is no run of a recipe here: breakout-lite, cartpole, " in capsys.readouterr().err
     with pytest.raises(ValueError, match="no results at"):
         publish.publish(tmp_path, tmp_path, lambda policy: None, "-", "-")  # type: ignore[arg-type, return-value]
     monkeypatch.setattr(publish, "MAX_BYTES", 1_000)
