@@ -13,6 +13,6 @@ BREAKOUT_LITE = dataclasses.replace(
     name="breakout-lite",
     env_id="ALE/Breakout-v5",
     make_env=partial(make_atari, "breakout"),
-    ann=dataclasses.replace(PONG_LITE.ann, env_steps=1_000_000),
+    ann=dataclasses.replace(PONG_LITE.ann, env_steps=600_000),
     target_return=None,  # unlike Pong, there is always more to be had
 )
