@@ -31,7 +31,8 @@ from agents import RECIPES
 from envs.atari import make_atari
 from snn_rl import SpikingDQN
 from snn_rl.dqn import SequenceReplayBuffer
-from snn_rl.pipeline import Run, new_ann
+from snn_rl._run import Run
+from snn_rl.pipeline import new_ann
 from snn_rl.stages import Stage
 
 ENVS = 8

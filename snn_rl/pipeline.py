@@ -1,7 +1,6 @@
 """The stages of an agent: ANN-DQN, conversion, temporal pruning. How stages make a run: `snn_rl.stages`.
 
-A checkpoint is model, replay, averaged weights and history, written every ``checkpoint_every`` environment steps, and
-twenty times while a stage distils.
+A checkpoint is written every ``checkpoint_every`` environment steps, and twenty times while a stage distils.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ import math
 import time
 import warnings
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +20,23 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv
 
+from snn_rl._run import (
+    AVERAGE,
+    History,
+    Run,
+    algorithm_of,
+    channels_last,
+    load_model,
+    one_line,
+    resume,
+    save_checkpoint,
+)
 from snn_rl.averaging import WeightAverage
 from snn_rl.dqn import ConvExtractor, SequenceReplayBuffer, SpikingDQN, SpikingDQNPolicy
 from snn_rl.dqn.replay import frame_stack_of
 from snn_rl.dqn.teacher import StackedTeacher
 from snn_rl.evaluation import evaluate, spiking_network
-from snn_rl.files import alone_in, atomic, read_json, write_json
+from snn_rl.files import alone_in, atomic, write_json
 from snn_rl.policy_file import load_policy, save_policy
 from snn_rl.recipe import SEEDS_PER_RUN, TEST_SEEDS, VALIDATION_SEEDS, AnnConfig, Recipe, SnnConfig
 from snn_rl.stages import (
@@ -45,35 +54,7 @@ from snn_rl.stages import (
 
 PROTOCOL = "greedy, one episode per seed, seeds unseen in training and selection"
 CURVE_POINTS = 400
-AVERAGE = "checkpoint.average.safetensors"
 DISTILLATION_PIECES = 20
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training of a recipe: where, with which seed, on which device."""
-
-    recipe: Recipe
-    directory: Path
-    seed: int
-    device: str
-    progress_bar: bool = False
-
-    def env(self, stage: Stage, num_envs: int, seeds_from: int) -> VecEnv:
-        return self.recipe.build_env(num_envs, seeds_from + self.first_seed, **self.env_kwargs(stage))
-
-    @property
-    def first_seed(self) -> int:
-        """Of this run's range of seeds: the training environments' and the generators'."""
-        return self.seed * SEEDS_PER_RUN
-
-    def env_kwargs(self, stage: Stage) -> dict[str, Any]:
-        ann = self.recipe.ann_env_kwargs if stage.timesteps is None else {}
-        return {**self.recipe.env_kwargs, **ann}
-
-    def teacher(self, ann: DQN, env: VecEnv) -> DQN | StackedTeacher:
-        """The ANN as it can act in a spiking stage's environment."""
-        return ann if ann.observation_space == env.observation_space else StackedTeacher(ann, env.observation_space)
 
 
 def run(
@@ -110,23 +91,6 @@ def run(
 # --- one stage ----------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class History:
-    """What a stage has seen, kept beside its checkpoint."""
-
-    curve: dict[str, list[float]] = field(default_factory=lambda: {"env_steps": [], "returns": []})
-    validation: list[list[float]] = field(default_factory=list)  # [environment steps, mean return]
-    wall_seconds: float = 0.0
-    extra_steps: int = 0  # environment steps of the parent's play
-    extra_updates: int = 0
-
-    def note(self, steps: int, mean: float) -> None:
-        """A validation; of two at one step, before and after a kill, the better one, which is the one that is kept."""
-        noted: dict[float, float] = {at: kept for at, kept in self.validation}  # noqa: C416  mypy knows no pairs in lists
-        noted[steps] = max(mean, noted.get(steps, -np.inf))
-        self.validation = [[at, noted[at]] for at in sorted(noted)]
-
-
 def _train_stage(this: Run, stage: Stage) -> None:
     """Train or resume a stage, choose its checkpoint on validation seeds, evaluate it, write its files."""
     folder = this.directory / stage.name
@@ -135,7 +99,7 @@ def _train_stage(this: Run, stage: Stage) -> None:
         model, history = _load_ann(this, stage, Path(stage.parent)), History()
         history.extra_steps, history.extra_updates = model.num_timesteps, model._n_updates
     else:
-        model, history = _resume(this, stage) or _begin(this, stage)
+        model, history = resume(this, stage) or _begin(this, stage)
         if isinstance(model, SpikingDQN):
             _distill(this, stage, model, history)
         budget = this.recipe.ann.env_steps if stage.timesteps is None else this.recipe.snn_steps(stage.timesteps)
@@ -155,12 +119,8 @@ def _train_stage(this: Run, stage: Stage) -> None:
         history.extra_steps += model.num_timesteps
         history.extra_updates += model._n_updates
         if (folder / BEST).is_file():
-            model = _load(this, _algorithm(stage), folder / BEST)
+            model = load_model(this, algorithm_of(stage), folder / BEST)
     _export(this, stage, model, history)
-
-
-def _algorithm(stage: Stage) -> type[DQN]:
-    return DQN if stage.timesteps is None else SpikingDQN
 
 
 def _begin(this: Run, stage: Stage) -> tuple[DQN, History]:
@@ -171,7 +131,7 @@ def _begin(this: Run, stage: Stage) -> tuple[DQN, History]:
         return new_ann(this, env), History()
     started = time.monotonic()
     config = this.recipe.snn
-    ann = _load(this, DQN, this.directory / "ann" / "model.zip")
+    ann = load_model(this, DQN, this.directory / "ann" / "model.zip")
     kwargs: dict[str, Any] = {
         "learning_rate": LinearSchedule(config.play_learning_rate, config.play_learning_rate / 20, 1.0),
         "buffer_size": config.buffer_size,
@@ -211,7 +171,7 @@ def _begin(this: Run, stage: Stage) -> tuple[DQN, History]:
         )
     else:
         assert stage.parent is not None
-        parent = spiking = _load(this, SpikingDQN, this.directory / stage.parent / "model.zip")
+        parent = spiking = load_model(this, SpikingDQN, this.directory / stage.parent / "model.zip")
         spiking.exploration_rate = config.exploration_eps
         policy_kwargs = {**spiking.policy_kwargs, "timesteps": stage.timesteps}
         model = SpikingDQN(SpikingDQNPolicy, env, policy_kwargs=policy_kwargs, **kwargs)
@@ -234,7 +194,7 @@ def _distill(this: Run, stage: Stage, model: SpikingDQN, history: History) -> No
     schedule = LinearSchedule(config.learning_rate, config.play_learning_rate, 1.0)
     model.set_logger(configure(str(folder), []))
     if model.distilled < updates and not (folder / "checkpoint.zip").is_file():
-        _save_checkpoint(folder, model, history)
+        save_checkpoint(folder, model, history)
     while (done := model.distilled) < updates:
         started = time.monotonic()
         piece = min(-(-updates // DISTILLATION_PIECES), updates - done)
@@ -244,7 +204,7 @@ def _distill(this: Run, stage: Stage, model: SpikingDQN, history: History) -> No
 
         model.distill(piece, learning_rate)
         history.wall_seconds += time.monotonic() - started
-        _save_checkpoint(folder, model, history, replay=False)  # which stands, and has not changed
+        save_checkpoint(folder, model, history, replay=False)  # which stands, and has not changed
 
 
 def new_ann(this: Run, env: VecEnv) -> DQN:
@@ -281,28 +241,11 @@ def new_ann(this: Run, env: VecEnv) -> DQN:
         seed=this.first_seed,
         device=this.device,
     )
-    return _channels_last(model)
+    return channels_last(model)
 
 
 def _adam(config: AnnConfig | SnnConfig) -> dict[str, Any]:
     return {"eps": config.adam_eps, "fused": True}  # one pass over all parameters
-
-
-def _channels_last(model: DQN) -> DQN:
-    """The memory format in which convolutions are fastest; a spiking network has it from its conversion."""
-    model.policy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model
-
-
-def _load(this: Run, algorithm: type[DQN], path: Path, env: VecEnv | None = None) -> DQN:
-    """A model of this run. Raises ValueError, with what to remove to have it trained again, for a damaged one."""
-    remove = path.parent if path.name == "model.zip" else path  # a finished stage's, which is finished without it
-    try:
-        return _channels_last(algorithm.load(path, env=env, device=this.device))
-    except (OSError, ValueError, KeyError, RuntimeError, EOFError, AssertionError) as error:
-        raise ValueError(
-            f"{path} is not a readable {algorithm.__name__} ({_one_line(error)}); remove {remove}"
-        ) from error
 
 
 def _load_ann(this: Run, stage: Stage, path: Path) -> DQN:
@@ -311,7 +254,7 @@ def _load_ann(this: Run, stage: Stage, path: Path) -> DQN:
             warnings.simplefilter("ignore")  # of a spiking agent, say, which is refused below
             model = DQN.load(path, device=this.device)
     except Exception as error:  # unpickling a foreign file may raise anything
-        raise ValueError(f"{path} is not a readable SB3 DQN: {_one_line(error)}") from error
+        raise ValueError(f"{path} is not a readable SB3 DQN: {one_line(error)}") from error
     if isinstance(model.policy, SpikingDQNPolicy):
         raise ValueError(f"{path} holds a spiking agent; --ann takes an ANN: an SB3 DQN")
     env = this.env(stage, 1, 0)
@@ -321,10 +264,6 @@ def _load_ann(this: Run, stage: Stage, path: Path) -> DQN:
             raise ValueError(f"{path} was trained with {name} {ours}, but {this.recipe.name} has {theirs}")
     env.close()
     return model
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 # --- during a stage -----------------------------------------------------------------------------------------------
@@ -419,53 +358,7 @@ class StageCallback(BaseCallback):
 
     def _checkpoint(self) -> None:
         self.history.wall_seconds = time.monotonic() - self.started
-        _save_checkpoint(self.folder, self.model, self.history, self.average)  # type: ignore[arg-type]
-
-
-def _save_checkpoint(
-    folder: Path, model: DQN, history: History, average: WeightAverage | None = None, *, replay: bool = True
-) -> None:
-    """Replay and history first, model last: a checkpoint counts where its model stands."""
-    if replay:
-        with atomic(folder / "checkpoint.replay.pkl") as temporary:
-            model.save_replay_buffer(temporary)
-    write_json(folder / "checkpoint.json", vars(history))
-    if average is not None:
-        average.save(folder / AVERAGE)
-    with atomic(folder / "checkpoint.zip") as temporary:
-        model.save(temporary)
-
-
-def _resume(this: Run, stage: Stage) -> tuple[DQN, History] | None:
-    """A stage's last checkpoint, or None where it has none."""
-    folder = this.directory / stage.name
-    if not (folder / "checkpoint.zip").is_file():
-        return None
-    env = this.env(stage, this.recipe.num_envs, 0)
-    model = _load(this, _algorithm(stage), folder / "checkpoint.zip", env)
-    try:
-        with (folder / "checkpoint.replay.pkl").open("rb") as file:  # SB3 leaves it open where it is damaged
-            model.load_replay_buffer(file)
-        history = History(**read_json(folder / "checkpoint.json"))
-    except Exception as error:  # unpickling a damaged file may raise anything
-        raise ValueError(
-            f"the replay or the history beside {folder / 'checkpoint.zip'} is not readable ({_one_line(error)}); "
-            "remove that file to begin the stage again"
-        ) from error
-    if isinstance(model, SpikingDQN):
-        model.teacher = this.teacher(_load(this, DQN, this.directory / "ann" / "model.zip"), env)
-    # The history may be one checkpoint ahead of the model, where a kill fell between the two.
-    steps = model.num_timesteps
-    kept = [n for n, at in enumerate(history.curve["env_steps"]) if at <= steps]
-    history.curve = {key: [values[n] for n in kept] for key, values in history.curve.items()}
-    history.validation = [[at, mean] for at, mean in history.validation if at <= steps]
-    if (folder / BEST).is_file():  # perhaps of a validation that was made since, and is as true
-        history.note(*_load(this, _algorithm(stage), folder / BEST).validated)  # type: ignore[attr-defined]
-    # Not the same episodes, exploration and replayed windows once more, which the stage began with.
-    draw = np.random.default_rng([this.seed, steps, getattr(model, "distilled", 0)])
-    model.set_random_seed(int(draw.integers(2**31)))
-    env.seed(this.first_seed + int(draw.integers(SEEDS_PER_RUN - this.recipe.num_envs + 1)))
-    return model, history
+        save_checkpoint(self.folder, self.model, self.history, self.average)  # type: ignore[arg-type]
 
 
 # --- after a stage ------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ def prune_timesteps(
         episode_start: (frames, batch), True where membranes are cleared before the frame.
 
     Raises:
-        ValueError: ``timesteps`` that are not fewer, frames that are none or not finite.
+        ValueError: ``timesteps`` that are not fewer, frames that are none, not finite or not of the network's shape.
     """
     pruned = copy.deepcopy(network).eval()
     pruned.timesteps = timesteps
@@ -49,6 +49,7 @@ def prune_timesteps(
         raise ValueError(f"frames must be (frames, batch, ...) of at least one observation, got {tuple(frames.shape)}")
     if not torch.isfinite(frames).all():
         raise ValueError("frames must be finite, got NaN or infinity; clean the data")
+    network.check_observation(frames.new_zeros(frames.shape[2:]))
     training = network.training
     network.eval()
     try:

@@ -21,6 +21,7 @@ from stable_baselines3 import DQN
 from stable_baselines3.common.vec_env import DummyVecEnv
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import snn_rl._run as agent_run
 import snn_rl.pipeline as pipeline
 from agents import RECIPES
 from snn_rl import load_policy
@@ -252,7 +253,7 @@ def test_the_best_validation_is_what_is_kept(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(pipeline.StageCallback, "_validate", validate)
     monkeypatch.setattr(pipeline, "_export", lambda _run, _stage, model, _history: kept.append(model.num_timesteps))
-    this = pipeline.Run(tiny(validate_every=256), tmp_path, 0, "cpu")
+    this = agent_run.Run(tiny(validate_every=256), tmp_path, 0, "cpu")
     pipeline._train_stage(this, pipeline.Stage(None, None))
     assert kept[-1] == kept[1]
 
@@ -360,7 +361,7 @@ def test_a_kill_between_the_files_of_a_checkpoint_is_survived(
                 raise Killed
 
             if kill_after == "replay":
-                patch.setattr(pipeline, "write_json", die)
+                patch.setattr(agent_run, "write_json", die)
             elif kill_after == "json":
                 patch.setattr(self.model, "save", die, raising=False)
             original(self)
@@ -532,10 +533,10 @@ def test_a_truncated_checkpoint_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("file", ["checkpoint.replay.pkl", "checkpoint.json"])
 @pytest.mark.parametrize("damage", [b"", b"[1, 2]", None], ids=["empty", "other", "missing"])
 def test_a_damaged_file_beside_the_checkpoint_is_named(file: str, damage: bytes | None, tmp_path: Path) -> None:
-    this = pipeline.Run(tiny(), tmp_path, 0, "cpu")
+    this = agent_run.Run(tiny(), tmp_path, 0, "cpu")
     stage = pipeline.Stage(None, None)
     env = this.env(stage, this.recipe.num_envs, 0)
-    pipeline._save_checkpoint(tmp_path / "ann", pipeline.new_ann(this, env), pipeline.History())
+    agent_run.save_checkpoint(tmp_path / "ann", pipeline.new_ann(this, env), agent_run.History())
     if damage is None:
         (tmp_path / "ann" / file).unlink()
     else:

@@ -94,6 +94,7 @@ def test_the_network_itself_stays_as_it_was() -> None:
         (1, torch.full((1, 2, 12), torch.nan), "frames must be finite"),
         (1, torch.zeros(0, 2, 12), "at least one frame"),
         (1, torch.zeros(1, 0, 12), "at least one observation"),
+        (1, torch.zeros(1, 2, 11), r"cannot take observations of shape \(11,\).*12x64"),
     ],
 )
 def test_what_cannot_be_pruned_is_refused(timesteps: int, frames: Tensor, message: str) -> None:

@@ -63,15 +63,17 @@ def to_nir(network: SpikingNetwork, observation_shape: tuple[int, ...]) -> nir.N
     a layer are repeated for each of its neurons, and a missing bias is one of zeros.
 
     Raises:
-        ValueError: a layer that NIR cannot express, by name; nir is not installed.
+        ValueError: a layer that NIR cannot express, by name; a shape that the network cannot take; nir is not installed.
     """
     walk = _Export(network, _nir())
     parameter = next(network.parameters())
     training = network.training
     network.eval()  # dropout is the identity
     try:
+        empty = torch.zeros(1, *observation_shape, device=parameter.device, dtype=parameter.dtype)
+        network.check_observation(empty[0])
         with torch.no_grad():
-            walk.run(torch.zeros(1, *observation_shape, device=parameter.device, dtype=parameter.dtype))
+            walk.run(empty)
     finally:
         network.train(training)
     resets = {lif.leak_reset for lif in network.lif_layers.values()}

@@ -36,7 +36,8 @@ def write_onnx(network: SpikingNetwork, observation: Tensor, path: str | Path, *
     logits) and ``new_carry_LAYER``. Carries of zeros are silence, where an episode starts. The batch is free.
 
     Raises:
-        ValueError: the package onnx is not installed, or the network cannot be expressed.
+        ValueError: the package onnx is not installed, an observation of another shape than the network's, or a network that
+            cannot be expressed.
     """
     try:
         import onnx  # noqa: F401
@@ -45,6 +46,7 @@ def write_onnx(network: SpikingNetwork, observation: Tensor, path: str | Path, *
         raise ValueError("ONNX needs the packages onnx and onnxscript: pip install 'snn_rl[onnx]'") from error
     frame = _Frame(copy.deepcopy(network), images=images).cpu().eval()
     observation = observation.cpu()
+    frame.network.check_observation(observation[0])
     batch = observation.repeat(2, *[1] * (observation.dim() - 1))[:2]  # of 1, the exporter would take it as fixed
     with torch.no_grad():
         state: State = frame.network(batch.float(), None)[1]

@@ -297,6 +297,12 @@ def test_what_has_no_counterpart_here_is_refused_by_name() -> None:
         from_nir(loop)
 
 
+def test_an_observation_shape_that_is_not_the_networks_is_refused() -> None:
+    net = to_spiking(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(64, 3), leak=0.9)
+    with pytest.raises(ValueError, match=r"cannot take observations of shape \(4,\).*1x4 and 3x8"):
+        to_nir(net, (4,))
+
+
 def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no file at"):
         read_nir(tmp_path / "none.nir")

@@ -111,6 +111,13 @@ def test_inputs_are_named_and_the_batch_is_free(tmp_path: Path) -> None:
         np.testing.assert_allclose(again, network(x[:batch], state)[0].detach().numpy(), atol=1e-6)
 
 
+def test_an_observation_of_another_shape_is_refused_and_nothing_written(tmp_path: Path) -> None:
+    network, _ = net()
+    with pytest.raises(ValueError, match=r"cannot take observations of shape \(4,\).*1x4 and 3x8"):
+        write_onnx(network, torch.zeros(2, 4), tmp_path / "a.onnx")
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_network_is_left_as_it_was(tmp_path: Path) -> None:
     network, x = net()
     network.train()
