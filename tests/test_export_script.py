@@ -13,8 +13,8 @@ from agents import RECIPES
 from envs.classic import make_cartpole
 from scripts.export import main
 from snn_rl import SpikingDQN, load_policy, save_policy, to_spiking
-from snn_rl.export import read_nir
 from snn_rl._run import Run
+from snn_rl.export import read_nir
 from snn_rl.pipeline import new_ann
 from snn_rl.vision import Classifier, build, save_classifier
 

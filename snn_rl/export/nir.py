@@ -63,7 +63,7 @@ def to_nir(network: SpikingNetwork, observation_shape: tuple[int, ...]) -> nir.N
     a layer are repeated for each of its neurons, and a missing bias is one of zeros.
 
     Raises:
-        ValueError: a layer that NIR cannot express, by name; a shape that the network cannot take; nir is not installed.
+        ValueError: a layer that NIR cannot express, by name; a shape the network cannot take; nir is not installed.
     """
     walk = _Export(network, _nir())
     parameter = next(network.parameters())

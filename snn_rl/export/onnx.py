@@ -36,8 +36,8 @@ def write_onnx(network: SpikingNetwork, observation: Tensor, path: str | Path, *
     logits) and ``new_carry_LAYER``. Carries of zeros are silence, where an episode starts. The batch is free.
 
     Raises:
-        ValueError: the package onnx is not installed, an observation of another shape than the network's, or a network that
-            cannot be expressed.
+        ValueError: the package onnx is not installed, an observation the network cannot take, or a network that cannot
+            be expressed.
     """
     try:
         import onnx  # noqa: F401
