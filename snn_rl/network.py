@@ -40,19 +40,6 @@ class FrameDropout(nn.Module):
             return x
         return x * nn.functional.dropout(torch.ones_like(x[:, :1]), self.p)
 
-    @torch.no_grad()
-    def check_observation(self, observation: Tensor) -> None:
-        """Raise ValueError where the network cannot take an observation (...), without batch, of this shape."""
-        parameter = next(self.parameters())
-        try:
-            self(torch.zeros(1, *observation.shape, device=parameter.device, dtype=parameter.dtype), with_state=False)
-        except (RuntimeError, IndexError) as error:  # of PyTorch, whose message names the shapes that do not fit
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"the network cannot take observations of shape {tuple(observation.shape)} ({reason}); "
-                "give those it was trained on"
-            ) from error
-
     def extra_repr(self) -> str:
         return f"p={self.p}"
 

@@ -49,7 +49,7 @@ def prune_timesteps(
         raise ValueError(f"frames must be (frames, batch, ...) of at least one observation, got {tuple(frames.shape)}")
     if not torch.isfinite(frames).all():
         raise ValueError("frames must be finite, got NaN or infinity; clean the data")
-    network.check_observation(frames.new_zeros(frames.shape[2:]))
+    pruned.check_observation(frames.new_zeros(frames.shape[2:]))
     training = network.training
     network.eval()
     try:
