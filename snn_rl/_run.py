@@ -93,6 +93,22 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
+def averaged(this: Run, stage: Stage, model: DQN) -> WeightAverage | None:
+    """The moving average of a stage's weights, begun or as the checkpoint has it; None where the recipe wants none."""
+    ann, snn = this.recipe.ann, this.recipe.snn
+    if stage.timesteps is None:
+        updates = ann.average_steps / ann.train_every * ann.gradient_steps
+    else:
+        updates = snn.average_updates
+    if not updates:
+        return None
+    average = WeightAverage(model.q_net, updates)
+    path = this.directory / stage.name / AVERAGE
+    if path.is_file():
+        average.load(path)
+    return average
+
+
 def save_checkpoint(
     folder: Path, model: DQN, history: History, average: WeightAverage | None = None, *, replay: bool = True
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,13 +16,19 @@ from snn_rl.files import atomic
 
 
 class WeightAverage:
-    """``average <- decay * average + (1 - decay) * weights`` at each `update`; the first one copies the weights."""
+    """``average <- decay * average + (1 - decay) * weights`` at each `update`; the first one copies the weights.
 
-    def __init__(self, network: nn.Module, decay: float) -> None:
+    ``updates`` is the time constant: what weights count for falls to 1 / e within so many updates.
+    """
+
+    def __init__(self, network: nn.Module, updates: float) -> None:
         self.network = network
-        self._average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        self.updates = updates
+        self._average = AveragedModel(network)
 
-    def update(self) -> None:
+    def update(self, made: int = 1) -> None:
+        """Take in the weights after ``made`` more updates."""
+        self._average.multi_avg_fn = get_ema_multi_avg_fn(math.exp(-made / self.updates))
         self._average.update_parameters(self.network)
 
     @contextmanager

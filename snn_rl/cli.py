@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -147,8 +148,26 @@ def _begin(options: argparse.Namespace) -> dict[str, Any]:
     """Settings of this process, a word of where the run is kept, and the arguments that every training takes."""
     keep_freed_memory()
     if _is_first():
+        _show_log()
         print(f"training into {_run_dir(options)}; to watch: tensorboard --logdir {_run_dir(options)}", flush=True)
     return {"device": options.device, "ann": options.ann, "progress_bar": sys.stderr.isatty() and _is_first()}
+
+
+class _Stderr(logging.Handler):
+    """To ``sys.stderr`` as it is by then; logging's own keeps the stream that it began with."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
+def _show_log() -> None:
+    """What the package logs of a training, on stderr, with the time of day."""
+    log = logging.getLogger("snn_rl")
+    log.setLevel(logging.INFO)
+    if not log.handlers:
+        handler = _Stderr()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        log.addHandler(handler)
 
 
 def environment_of(
@@ -162,7 +181,10 @@ def environment_of(
     provenance = policy.metadata["provenance"]
     name = provenance.get("recipe")
     if not isinstance(name, str) or name not in recipes:
-        raise ValueError(f"the policy file was made by the recipe {name!r}; there are {', '.join(recipes)}")
+        raise ValueError(
+            f"the policy file was made by the recipe {name!r}, and there are {', '.join(recipes)}; enter yours in "
+            "RECIPES of agents/__init__.py"
+        )
     env_kwargs = provenance.get("env_kwargs", {})
     if not isinstance(env_kwargs, dict):
         raise ValueError(f"the policy file's env_kwargs must be an object, got {env_kwargs!r}")

@@ -40,9 +40,11 @@ def alone_in(directory: Path, wait: float = 0.0) -> Iterator[None]:
     Where another process holds it, ``wait`` that many seconds for it.
 
     Raises:
-        ValueError: another process holds it still.
+        ValueError: another process holds it still, or a file stands in its place.
         OSError: nothing can be written there.
     """
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory} is a file, and a folder is needed; use another --run-dir")
     directory.mkdir(parents=True, exist_ok=True)
     lock = FileLock(directory / ".lock")
     try:

@@ -5,7 +5,7 @@ A checkpoint is written every ``checkpoint_every`` environment steps, and twenty
 
 from __future__ import annotations
 
-import math
+import logging
 import time
 import warnings
 from contextlib import nullcontext
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium import spaces
 from stable_baselines3 import DQN
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
 from stable_baselines3.common.logger import configure
@@ -21,10 +22,10 @@ from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv
 
 from snn_rl._run import (
-    AVERAGE,
     History,
     Run,
     algorithm_of,
+    averaged,
     channels_last,
     load_model,
     one_line,
@@ -37,7 +38,7 @@ from snn_rl.dqn.replay import frame_stack_of
 from snn_rl.dqn.teacher import StackedTeacher
 from snn_rl.evaluation import evaluate, spiking_network
 from snn_rl.files import alone_in, atomic, write_json
-from snn_rl.policy_file import load_policy, save_policy
+from snn_rl.policy_file import check_storable, load_policy, save_policy
 from snn_rl.recipe import SEEDS_PER_RUN, TEST_SEEDS, VALIDATION_SEEDS, AnnConfig, Recipe, SnnConfig
 from snn_rl.stages import (
     BEST,
@@ -52,6 +53,7 @@ from snn_rl.stages import (
     versions,
 )
 
+LOG = logging.getLogger(__name__)
 PROTOCOL = "greedy, one episode per seed, seeds unseen in training and selection"
 CURVE_POINTS = 400
 DISTILLATION_PIECES = 20
@@ -59,33 +61,45 @@ DISTILLATION_PIECES = 20
 
 def run(
     recipe: Recipe,
-    directory: Path,
+    directory: Path | str,
     seed: int = 0,
     *,
     device: str = "auto",
-    ann: Path | None = None,
+    ann: Path | str | None = None,
     progress_bar: bool = False,
     wait: float = 0.0,
 ) -> dict[str, Any]:
     """Train every stage of ``recipe`` that is not finished yet; returns what ``results.json`` holds.
 
     ``ann`` is an SB3 DQN's zip that takes the ANN stage's place: it is evaluated, not trained. Where another process
-    trains in ``directory``, ``wait`` that many seconds for it to end.
+    trains in ``directory``, ``wait`` that many seconds for it to end. Progress goes to ``logging``'s "snn_rl".
 
     Raises:
         ValueError: a directory of another run, or one that another process trains in; a device that is not there; an
-            ``ann`` that does not fit.
+            ``ann`` that does not fit; an environment that DQN or conversion cannot learn in.
     """
     if not 0 <= seed < 100_000:
         raise ValueError(f"seed must lie in [0, 100000), got {seed}")
     device = check_device(device)
+    directory, ann = Path(directory), None if ann is None else Path(ann)
     if recipe.cpu_threads is not None:
         torch.set_num_threads(recipe.cpu_threads)
     this = Run(recipe, directory, seed, device, progress_bar)
+    for stage in chain(recipe.schedule, ann)[:2]:  # the ANN's environment and the spiking agent's
+        _check_spaces(recipe, this.env(stage, 1, 0))
     head = {"recipe": recipe.name, "env_id": recipe.env_id, "seed": seed}
     with alone_in(directory, wait):
         claim(directory, recipe.as_dict(), seed, ann, "the zip of an SB3 DQN")
         return run_stages(directory, chain(recipe.schedule, ann), lambda stage: _train_stage(this, stage), head)
+
+
+def _check_spaces(recipe: Recipe, env: VecEnv) -> None:
+    observations, actions = env.observation_space, env.action_space
+    env.close()
+    if not isinstance(observations, spaces.Box):
+        raise ValueError(f"{recipe.name} needs a Box of observations; flatten what its environment has, {observations}")
+    if not isinstance(actions, spaces.Discrete) or actions.start != 0:
+        raise ValueError(f"{recipe.name} needs Discrete actions from 0 on; wrap its environment, which has {actions}")
 
 
 # --- one stage ----------------------------------------------------------------------------------------------------
@@ -99,11 +113,15 @@ def _train_stage(this: Run, stage: Stage) -> None:
         model, history = _load_ann(this, stage, Path(stage.parent)), History()
         history.extra_steps, history.extra_updates = model.num_timesteps, model._n_updates
     else:
-        model, history = resume(this, stage) or _begin(this, stage)
+        resumed = resume(this, stage)
+        model, history = resumed or _begin(this, stage)
+        done = f"goes on after {getattr(model, 'distilled', 0)} updates of distillation and {model.num_timesteps} steps"
+        LOG.info("%s %s", stage.name, done if resumed else f"begins, from {stage.parent or 'nothing'}")
+        average = averaged(this, stage, model)
         if isinstance(model, SpikingDQN):
-            _distill(this, stage, model, history)
+            _distill(this, stage, model, history, average)
         budget = this.recipe.ann.env_steps if stage.timesteps is None else this.recipe.snn_steps(stage.timesteps)
-        callback = StageCallback(this, stage, history)
+        callback = StageCallback(this, stage, history, average)
         if model.num_timesteps < budget and not callback.reached_target(model.num_timesteps):
             callbacks: list[BaseCallback] = [callback]
             if this.progress_bar:
@@ -172,10 +190,9 @@ def _begin(this: Run, stage: Stage) -> tuple[DQN, History]:
     else:
         assert stage.parent is not None
         parent = spiking = load_model(this, SpikingDQN, this.directory / stage.parent / "model.zip")
+        assert isinstance(spiking, SpikingDQN)
         spiking.exploration_rate = config.exploration_eps
-        policy_kwargs = {**spiking.policy_kwargs, "timesteps": stage.timesteps}
-        model = SpikingDQN(SpikingDQNPolicy, env, policy_kwargs=policy_kwargs, **kwargs)
-        model.policy.load_state_dict(spiking.policy.state_dict(), strict=True)
+        model = SpikingDQN.from_parent(spiking, env, stage.timesteps, **kwargs)
     model.teacher = teacher
     model.set_logger(configure(str(this.directory / stage.name), []))
     model.collect(parent, config.parent_steps)
@@ -186,7 +203,7 @@ def _begin(this: Run, stage: Stage) -> tuple[DQN, History]:
     return model, history
 
 
-def _distill(this: Run, stage: Stage, model: SpikingDQN, history: History) -> None:
+def _distill(this: Run, stage: Stage, model: SpikingDQN, history: History, average: WeightAverage | None) -> None:
     """What is left of a stage's distillation, in pieces, each of which a kill leaves standing."""
     assert stage.timesteps is not None
     config, folder = this.recipe.snn, this.directory / stage.name
@@ -194,7 +211,7 @@ def _distill(this: Run, stage: Stage, model: SpikingDQN, history: History) -> No
     schedule = LinearSchedule(config.learning_rate, config.play_learning_rate, 1.0)
     model.set_logger(configure(str(folder), []))
     if model.distilled < updates and not (folder / "checkpoint.zip").is_file():
-        save_checkpoint(folder, model, history)
+        save_checkpoint(folder, model, history, average)
     while (done := model.distilled) < updates:
         started = time.monotonic()
         piece = min(-(-updates // DISTILLATION_PIECES), updates - done)
@@ -202,9 +219,11 @@ def _distill(this: Run, stage: Stage, model: SpikingDQN, history: History) -> No
         def learning_rate(remaining: float, done: int = done, piece: int = piece) -> float:
             return schedule(1 - (done + (1 - remaining) * piece) / updates)
 
-        model.distill(piece, learning_rate)
+        after_update = (lambda: None) if average is None else average.update
+        loss = model.distill(piece, learning_rate, after_update)
+        LOG.info("%s after %d of %d updates of distillation: loss %.3f", stage.name, model.distilled, updates, loss)
         history.wall_seconds += time.monotonic() - started
-        save_checkpoint(folder, model, history, replay=False)  # which stands, and has not changed
+        save_checkpoint(folder, model, history, average, replay=False)  # which stands, and has not changed
 
 
 def new_ann(this: Run, env: VecEnv) -> DQN:
@@ -257,6 +276,7 @@ def _load_ann(this: Run, stage: Stage, path: Path) -> DQN:
         raise ValueError(f"{path} is not a readable SB3 DQN: {one_line(error)}") from error
     if isinstance(model.policy, SpikingDQNPolicy):
         raise ValueError(f"{path} holds a spiking agent; --ann takes an ANN: an SB3 DQN")
+    check_storable(model.policy)
     env = this.env(stage, 1, 0)
     for name in ("observation_space", "action_space"):
         ours, theirs = getattr(model, name), getattr(env, name)
@@ -272,13 +292,12 @@ def _load_ann(this: Run, stage: Stage, path: Path) -> DQN:
 class StageCallback(BaseCallback):
     """Validation, early stop, checkpoints and the reward curve of one stage."""
 
-    def __init__(self, this: Run, stage: Stage, history: History) -> None:
+    def __init__(self, this: Run, stage: Stage, history: History, average: WeightAverage | None) -> None:
         super().__init__()
-        self.this, self.stage, self.history = this, stage, history
+        self.this, self.stage, self.history, self.average = this, stage, history, average
         self.folder = this.directory / stage.name
         self.started = time.monotonic() - history.wall_seconds
         self.env: VecEnv | None = None
-        self.average: WeightAverage | None = None
 
     def reached_target(self, steps: int) -> bool:
         target, needed = self.this.recipe.target_return, self.this.recipe.validations_at_target
@@ -293,11 +312,6 @@ class StageCallback(BaseCallback):
         budget = recipe.ann.env_steps if timesteps is None else recipe.snn_steps(timesteps)
         self.curve_every = max(1, budget // CURVE_POINTS)
         self.next_point = self._next(self.curve_every)
-        if timesteps is None and recipe.ann.average_steps:
-            decay = math.exp(-recipe.ann.train_every / recipe.ann.average_steps)
-            self.average = WeightAverage(self.model.q_net, decay)  # type: ignore[attr-defined]
-            if self.num_timesteps:
-                self.average.load(self.folder / AVERAGE)
 
     def _next(self, every: int) -> int:
         return (self.num_timesteps // every + 1) * every
@@ -326,7 +340,7 @@ class StageCallback(BaseCallback):
                 f"learning rate in another --run-dir. {self.folder} keeps its last checkpoint"
             )
         if self.average is not None:
-            self.average.update()
+            self.average.update(self.model.gradient_steps)  # type: ignore[attr-defined]
         # Between a rollout and the next, where the replay holds every step that was taken.
         if self.num_timesteps >= self.next_checkpoint:
             self.next_checkpoint = self._next(self.this.recipe.checkpoint_every)
@@ -349,6 +363,7 @@ class StageCallback(BaseCallback):
             mean = evaluate(self.model, self.env, recipe.validation_episodes).mean  # type: ignore[arg-type]
             best = max((m for _, m in self.history.validation), default=-np.inf)
             self.history.note(self.num_timesteps, mean)
+            LOG.info("%s after %d steps: %.1f on validation", self.stage.name, self.num_timesteps, mean)
             self.logger.record("validation/mean_reward", mean)
             self.logger.dump(self.num_timesteps)
             if mean >= best:

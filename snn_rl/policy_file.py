@@ -74,13 +74,32 @@ class LoadedPolicy:
         return self.policy.predict(observation, state, episode_start, deterministic)
 
 
-def save_policy(model: DQN, path: Path, provenance: dict[str, Any]) -> None:
+def save_policy(model: DQN, path: Path | str, provenance: dict[str, Any]) -> None:
     """Write the online network of an SB3 DQN or a `SpikingDQN` to ``path``, atomically.
+
+    ``provenance`` says where it comes from, in whatever JSON holds. The scripts that play a file look for ``recipe``, a
+    name in `RECIPES` of ``agents``, and ``env_kwargs``, of its environment.
 
     Raises:
         ValueError: a features extractor, an activation or a space that the format does not know.
     """
     policy = model.policy
+    check_storable(policy)
+    metadata = {
+        "observation_space": _space_to_json(policy.observation_space),
+        "action_space": _space_to_json(policy.action_space),
+        "net_arch": list(policy.net_arch),
+        "features_extractor": policy.features_extractor_class.__name__,
+        "features_extractor_kwargs": policy.features_extractor_kwargs,
+        "normalize_images": policy.normalize_images,
+        "spiking": policy.spiking_kwargs if isinstance(policy, SpikingDQNPolicy) else None,
+        "provenance": provenance,
+    }
+    write_weights(Path(path), policy.q_net, FORMAT, metadata)
+
+
+def check_storable(policy: DQNPolicy) -> None:
+    """Raises ValueError for a network that a policy file does not know."""
     extractor = policy.features_extractor_class.__name__
     if EXTRACTORS.get(extractor) is not policy.features_extractor_class:
         raise ValueError(
@@ -92,17 +111,6 @@ def save_policy(model: DQN, path: Path, provenance: dict[str, Any]) -> None:
             f"activation {policy.activation_fn.__name__} cannot be stored in a policy file, which knows ReLU; "
             "keep model.zip"
         )
-    metadata = {
-        "observation_space": _space_to_json(policy.observation_space),
-        "action_space": _space_to_json(policy.action_space),
-        "net_arch": list(policy.net_arch),
-        "features_extractor": extractor,
-        "features_extractor_kwargs": policy.features_extractor_kwargs,
-        "normalize_images": policy.normalize_images,
-        "spiking": policy.spiking_kwargs if isinstance(policy, SpikingDQNPolicy) else None,
-        "provenance": provenance,
-    }
-    write_weights(path, policy.q_net, FORMAT, metadata)
 
 
 def load_policy(path: str | Path, device: str = "cpu") -> LoadedPolicy:

@@ -80,6 +80,7 @@ class SnnConfig:
     td_weight: float = 0.0
     distillation_weight: float = 1.0
     distillation_temperature: float = 0.5
+    average_updates: int = 0  # as `AnnConfig.average_steps`, in updates: of distillation and of own play
     spike_weight: float = 0.0  # of the spikes per neuron and frame in the loss: energy
     adam_eps: float = 1e-8
     max_grad_norm: float = 10.0
@@ -125,6 +126,8 @@ class Recipe:
         check_schedule(self.schedule)
         check_numbers(self, fractions=FRACTIONS, may_be_zero=MAY_BE_ZERO, may_be_negative={"target_return"})
         sizes = [n for convolution in self.network.convolutions for n in convolution]
+        if not sizes and not self.network.net_arch:
+            raise ValueError("network must have a hidden layer, whose units spike: set network.net_arch")
         for size in (*sizes, *self.network.net_arch):
             if size < 1:
                 raise ValueError(f"sizes in network.convolutions and network.net_arch must be >= 1, got {size}")
@@ -184,13 +187,17 @@ class Recipe:
         """A monitored ``VecEnv`` of the recipe's environment; ``overrides`` go before ``env_kwargs``.
 
         Raises:
-            ValueError: an argument that the environment does not take, or not with this value.
+            ValueError: an argument that the environment does not take, or not with this value; another number of
+                environments.
         """
         kwargs = {**self.env_kwargs, **overrides}
         try:
-            return self.make_env(num_envs, seed=seed, **kwargs)
+            env = self.make_env(num_envs, seed=seed, **kwargs)
         except TypeError as error:
             raise ValueError(f"the environment of {self.name} does not take {kwargs}: {error}") from error
+        if getattr(env, "num_envs", None) != num_envs:  # a gymnasium environment has none
+            raise ValueError(f"make_env of {self.name} must return a VecEnv of {num_envs} environments, got {env}")
+        return env
 
     def snn_steps(self, timesteps: int) -> int:
         """Environment steps of the stage at ``timesteps``, at most."""
@@ -264,7 +271,7 @@ def check_numbers(
 
 
 FRACTIONS = {"leak", "gamma", "exploration_eps"}
-MAY_BE_ZERO = {"learning_starts", "burn_in", "distillation_updates", "average_steps"}
+MAY_BE_ZERO = {"learning_starts", "burn_in", "distillation_updates", "average_steps", "average_updates"}
 
 
 def _no_env(*_: Any, **__: Any) -> VecEnv:

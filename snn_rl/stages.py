@@ -6,6 +6,7 @@ A killed run goes on from the same call: finished stages are skipped, and a star
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import sys
@@ -20,6 +21,7 @@ import torch
 from snn_rl.activity import Activity
 from snn_rl.files import TEMPORARY, read_json, write_json
 
+LOG = logging.getLogger(__name__)
 BEST = "best.zip"  # an agent's best checkpoint on validation episodes so far
 
 
@@ -58,7 +60,9 @@ def run_stages(
     """
     results: dict[str, Any] = {}
     for stage in stages:
-        if not (directory / stage.name / "metrics.json").is_file():
+        if (directory / stage.name / "metrics.json").is_file():
+            LOG.info("%s stands finished", stage.name)
+        else:
             train(stage)
         if writes:
             remove_leftovers(directory / stage.name)
@@ -111,7 +115,7 @@ def claim(directory: Path, recipe: dict[str, Any], seed: int, ann: Path | None, 
     before = _flat(read_json(path))
     # through the writer's own conversion, in which tuples are lists
     now = _flat(_jsonable(config))
-    for key in sorted(before.keys() | now.keys()):
+    for key in sorted(before.keys() | now.keys(), key=lambda key: (key != "recipe.name", key)):
         if before.get(key) != now.get(key):
             raise ValueError(
                 f"{directory} belongs to another run: its {key} is {before.get(key)!r}, not {now.get(key)!r}; "

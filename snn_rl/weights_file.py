@@ -41,6 +41,8 @@ def read_weights(path: Path, form: str, kind: str, name: str) -> tuple[dict[str,
     Raises:
         ValueError: a missing, truncated or foreign file.
     """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; a training writes STAGE/{name} in it")
     if not path.is_file():
         raise ValueError(f"no {kind} file at {path}; a training writes STAGE/{name}")
     try:
@@ -48,7 +50,9 @@ def read_weights(path: Path, form: str, kind: str, name: str) -> tuple[dict[str,
             header = file.metadata() or {}
             weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file ({error}); copy it again") from error
+        raise ValueError(
+            f"{path} is not a readable safetensors file ({error}); where it should be one, copy it again"
+        ) from error
     if form not in header:
         raise ValueError(f"{path} is a safetensors file, but not a {kind} of this package (its metadata lack {form!r})")
     try:

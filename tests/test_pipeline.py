@@ -7,6 +7,8 @@ import itertools
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,11 +16,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from stable_baselines3 import DQN
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import snn_rl._run as agent_run
@@ -594,6 +597,10 @@ sys.exit(main(["--smoke", "--schedule", "1", "--run-dir", {str(tmp_path / "run")
         ({"network": NetworkConfig(net_arch=(64, 0))}, "network.net_arch must be >= 1, got 0"),
         ({"network": NetworkConfig(convolutions=((8, 0, 2),))}, "network.net_arch must be >= 1, got 0"),
         ({"target_return": float("nan")}, "target_return must be finite, got nan"),
+        (
+            {"network": NetworkConfig(net_arch=())},
+            "network must have a hidden layer, whose units spike: set network.net",
+        ),
         ({"total_snn_steps": 1}, "total_snn_steps must be >= 2, one for each stage, got 1"),
         ({"ann_env_kwargs": {"frame_stack": -1}}, "ann_env_kwargs.frame_stack must be >= 1, got -1"),
         ({"ann_env_kwargs": {"frame_stack": 4}}, "snn.burn_in must be >= 3, got 0: the ANN that teaches sees 4 frames"),
@@ -649,9 +656,9 @@ def test_a_kill_while_a_stage_distils_costs_a_piece_of_it(tmp_path: Path, monkey
     drawn: list[np.ndarray] = []
     distill, collect = pipeline.SpikingDQN.distill, pipeline.SpikingDQN.collect
 
-    def dies_twice(self: pipeline.SpikingDQN, steps: int, schedule: Any) -> float:
+    def dies_twice(self: pipeline.SpikingDQN, steps: int, schedule: Any, *rest: Any) -> float:
         drawn.append(np.random.get_state()[1].copy())  # type: ignore[index, union-attr]
-        loss = distill(self, steps, schedule)
+        loss = distill(self, steps, schedule, *rest)
         rates.append(self.policy.optimizer.param_groups[0]["lr"])
         if len(rates) in (2, 5):
             raise Killed
@@ -731,3 +738,96 @@ def test_averaged_weights_are_validated_kept_and_resumed(tmp_path: Path, monkeyp
     assert kept.validated[1] == validated  # type: ignore[attr-defined]
     for name, weight in kept.q_net.state_dict().items():
         torch.testing.assert_close(weight, best[name])
+
+
+def test_a_spiking_stage_averages_its_updates_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny(schedule=(1,))
+    recipe = dataclasses.replace(recipe, snn=dataclasses.replace(recipe.snn, average_updates=3))
+    keep = math.exp(-1 / 3)
+    by_hand: dict[str, torch.Tensor] = {}
+    kept: list[dict[str, torch.Tensor]] = []
+    update, evaluated = pipeline.SpikingDQN._update, pipeline.evaluate
+    made = 0
+
+    def follow(self: pipeline.SpikingDQN, *args: Any, **kwargs: Any) -> float:
+        nonlocal made
+        loss = update(self, *args, **kwargs)
+        made += 1
+        if made <= recipe.snn.distillation_updates:
+            for name, weight in self.q_net.state_dict().items():
+                by_hand[name] = keep * by_hand[name] + (1 - keep) * weight if name in by_hand else weight.clone()
+        return loss
+
+    def look(agent: Any, env: Any, episodes: int) -> Any:
+        if isinstance(agent, pipeline.SpikingDQN):
+            kept.append({name: weight.clone() for name, weight in agent.q_net.state_dict().items()})
+        return evaluated(agent, env, episodes)
+
+    def play_nothing(self: pipeline.SpikingDQN, total: int, callback: Any, **kwargs: Any) -> pipeline.SpikingDQN:
+        callback.init_callback(self)
+        return self
+
+    monkeypatch.setattr(pipeline.SpikingDQN, "_update", follow)
+    monkeypatch.setattr(pipeline, "evaluate", look)
+    monkeypatch.setattr(pipeline.SpikingDQN, "learn", play_nothing)
+    run(recipe, tmp_path, 0, device="cpu")
+    assert made == recipe.snn.distillation_updates
+    assert len(kept) == 1
+    loaded = pipeline.SpikingDQN.load(tmp_path / "T1" / "model.zip", device="cpu")
+    for name, weight in kept[0].items():
+        torch.testing.assert_close(weight, by_hand[name])
+        assert torch.equal(loaded.q_net.state_dict()[name], weight)
+
+
+def test_environments_that_no_stage_can_learn_in_are_named_at_once(tmp_path: Path) -> None:
+    def of(env_id: str, wrap: Any = lambda env: env, num_envs: int | None = None) -> Recipe:
+        def make(n: int, *, seed: int) -> VecEnv:
+            return DummyVecEnv([lambda: wrap(gym.make(env_id))] * (num_envs or n))
+
+        return tiny(make_env=make, env_kwargs={})
+
+    def from_one(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
+        env.action_space = gym.spaces.Discrete(2, start=1)
+        return env
+
+    def in_a_dict(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
+        return gym.wrappers.TransformObservation(env, lambda x: {"x": x}, gym.spaces.Dict(x=env.observation_space))
+
+    for recipe, message in (
+        (of("Pendulum-v1"), r"cartpole needs Discrete actions from 0 on; wrap its environment, which has Box"),
+        (of("CartPole-v1", from_one), r"cartpole needs Discrete actions from 0 on; .* has Discrete\(2, start=1\)"),
+        (of("CartPole-v1", in_a_dict), r"cartpole needs a Box of observations; flatten what its environment has, Dict"),
+        (of("CartPole-v1", num_envs=3), r"make_env of cartpole must return a VecEnv of 1 environments, got"),
+        (tiny(make_env=lambda n, seed: gym.make("CartPole-v1"), env_kwargs={}), r"must return a VecEnv of 1 environ"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(recipe, tmp_path / "run", 0, device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_directory_that_is_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(ValueError, match="run is a file, and a folder is needed; use another --run-dir"):
+        run(tiny(), str(tmp_path / "run"), 0, device="cpu")
+
+
+def test_another_recipe_is_named_before_its_fields(finished: Path) -> None:
+    with pytest.raises(ValueError, match=r"its recipe.name is 'cartpole', not 'mine'"):
+        run(tiny(name="mine", checkpoint_every=1), finished, 3, device="cpu")
+
+
+def test_progress_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "snn_rl")
+    run(tiny(schedule=(1,)), tmp_path, 0, device="cpu")
+    shutil.rmtree(tmp_path / "T1")
+    run(tiny(schedule=(1,)), tmp_path, 0, device="cpu")
+    said = "\n".join(caplog.messages)
+    for message in (
+        "ann begins, from nothing",
+        r"ann after 1024 steps: \d+\.\d on validation",
+        "T1 begins, from ann",
+        r"T1 after 4 of 4 updates of distillation: loss \d+\.\d+",
+        r"T1 after 256 steps: \d+\.\d on validation",
+        "ann stands finished\nT1 begins, from ann",
+    ):
+        assert re.search(message, said), message

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any, ClassVar, TypeVar
 
@@ -166,6 +166,12 @@ class SpikingDQN(DQN):
             self._setup_model()
 
     def _setup_model(self) -> None:
+        if not issubclass(self.policy_class, SpikingDQNPolicy):  # of a zip that another algorithm has saved, too
+            theirs = f"{self.policy_class.__module__}.{self.policy_class.__name__}"
+            raise ValueError(
+                f"SpikingDQN needs a SpikingDQNPolicy, got {theirs}; "
+                "load an ANN by stable_baselines3.DQN.load and convert it by SpikingDQN.from_ann"
+            )
         if self.replay_buffer is None and self.env is not None:
             self.replay_buffer_kwargs = {"frame_stack": frame_stack_of(self.env), **self.replay_buffer_kwargs}
         n_steps, self.n_steps = self.n_steps, 1
@@ -385,8 +391,15 @@ class SpikingDQN(DQN):
         an agent's ``teacher``, and the actor of its first `collect`, is a `StackedTeacher`.
 
         Raises:
-            ValueError: spaces of ``env`` that are not the DQN's, or a network that cannot be converted.
+            ValueError: no DQN or one that spikes, spaces of ``env`` that are not its, or a network that cannot be
+                converted.
         """
+        if not isinstance(dqn, DQN):
+            raise ValueError(
+                f"from_ann takes a stable_baselines3.DQN, got {_named(dqn)}; of a file, DQN.load makes one"
+            )
+        if isinstance(dqn.policy, SpikingDQNPolicy):
+            raise ValueError("the agent spikes already; SpikingDQN.from_parent takes it to fewer timesteps")
         policy_kwargs = {
             "net_arch": dqn.policy.net_arch,
             "activation_fn": dqn.policy.activation_fn,
@@ -407,16 +420,8 @@ class SpikingDQN(DQN):
         model = cls(SpikingDQNPolicy, env, policy_kwargs=policy_kwargs, **kwargs)
         assert model.env is not None
         frames = frames_of(dqn.observation_space, model.observation_space)
-        for name, fits in (
-            ("observation_space", frames is not None or model.observation_space == dqn.observation_space),
-            ("action_space", model.action_space == dqn.action_space),
-        ):
-            if not fits:
-                raise ValueError(
-                    f"the environment's {name} is {getattr(model, name)}, but the ANN was trained on "
-                    f"{getattr(dqn, name)}; build the environment as it was for the ANN"
-                )
         stacked = frames is not None and frames > 1
+        model._check_spaces_of(dqn, stacked=stacked)
         player = StackedTeacher(dqn, model.observation_space) if stacked else dqn
         batches = (
             preprocess_obs(
@@ -443,6 +448,42 @@ class SpikingDQN(DQN):
         model.q_net.network.load_state_dict(network.state_dict())
         model.q_net_target.load_state_dict(model.q_net.state_dict())
         return model
+
+    @classmethod
+    def from_parent(
+        cls: type[SelfSpikingDQN], parent: SpikingDQN, env: GymEnv | str, timesteps: int, **kwargs: Any
+    ) -> SelfSpikingDQN:
+        """Temporal pruning: the weights, thresholds and leaks of ``parent`` at fewer micro-steps, to be trained on.
+
+        ``kwargs`` are this class's own arguments; gamma and the network's options are the parent's. `collect` its play,
+        then `keep_rates` lowers the thresholds.
+
+        Raises:
+            ValueError: a parent that does not spike, ``timesteps`` that are not fewer, or spaces that are not its.
+        """
+        _check_spiking(parent, "from_parent")
+        if not 1 <= timesteps < parent.timesteps:
+            raise ValueError(f"timesteps must lie in [1, {parent.timesteps - 1}], below the parent's, got {timesteps}")
+        policy_kwargs = {**parent.policy_kwargs, **kwargs.pop("policy_kwargs", {}), "timesteps": timesteps}
+        policy = type(parent.policy)
+        model = cls(policy, env, policy_kwargs=policy_kwargs, **{"gamma": parent.gamma, **kwargs})
+        model._check_spaces_of(parent)
+        model.policy.load_state_dict(parent.policy.state_dict(), strict=True)
+        return model
+
+    @property
+    def timesteps(self) -> int:
+        """Micro-steps per frame."""
+        return self.q_net.network.timesteps
+
+    def _check_spaces_of(self, other: DQN, *, stacked: bool = False) -> None:
+        names = ("action_space",) if stacked else ("observation_space", "action_space")
+        for name in names:
+            if getattr(self, name) != getattr(other, name):
+                raise ValueError(
+                    f"the environment's {name} is {getattr(self, name)}, but the agent was trained on "
+                    f"{getattr(other, name)}; build the environment as it was for it"
+                )
 
     def _play(self, actor: DQN | StackedTeacher, steps: int) -> Iterator[np.ndarray]:
         """Observations (n_envs, ...) of another agent's epsilon-greedy play, ``steps`` in all, from fresh episodes."""
@@ -483,22 +524,31 @@ class SpikingDQN(DQN):
 
         As `snn_rl.prune_timesteps`, on ``windows`` of replayed play. Raises ValueError where the replay holds none.
         """
+        _check_spiking(parent, "keep_rates")
         assert self.replay_buffer is not None
         sampled = self.replay_buffer.sample_windows(windows, self.window_length, env=self._vec_normalize_env)
         pruned = parent.q_net.pruned(self.q_net.network.timesteps, sampled.observations, sampled.episode_start)
         self.q_net.network.load_state_dict(pruned.state_dict())
         self.q_net_target.load_state_dict(self.q_net.state_dict())
 
-    def distill(self, gradient_steps: int, learning_rate: Schedule | None = None) -> float:
+    def distill(
+        self,
+        gradient_steps: int,
+        learning_rate: Schedule | None = None,
+        after_update: Callable[[], object] = lambda: None,
+    ) -> float:
         """Regress on ``self.teacher``'s Q-values over replayed windows; returns the mean loss of the last tenth.
 
         The loss is `distillation_loss`, at weight 1, and what ``spike_weight`` adds to it.
 
-        ``learning_rate`` is a schedule over these steps; without one, the rate is where the agent's own stands. Ends
-        with the target network equal to the online one. Raises ValueError where no teacher is set.
+        ``learning_rate`` is a schedule over these steps; without one, the rate is where the agent's own stands.
+        ``after_update`` is called after each of them. Ends with the target network equal to the online one. Raises
+        ValueError where no teacher is set.
         """
-        if self.teacher is None:
-            raise ValueError("no teacher is set: assign the parent agent to `.teacher` before `distill`")
+        if not isinstance(self.teacher, DQN | StackedTeacher):
+            raise ValueError(
+                f"no teacher is set: assign an agent, the ANN or the parent, to `.teacher`, got {_named(self.teacher)}"
+            )
         if gradient_steps < 1:
             raise ValueError(f"gradient_steps must be >= 1, got {gradient_steps}")
         schedule = learning_rate or (lambda _: self.lr_schedule(self._current_progress_remaining))
@@ -507,6 +557,7 @@ class SpikingDQN(DQN):
             update_learning_rate(self.policy.optimizer, schedule(1 - step / gradient_steps))
             losses.append(self._update(0.0, 1.0, self.batch_size))
             self.distilled += 1
+            after_update()
         self.q_net_target.load_state_dict(self.q_net.state_dict())
         return float(np.mean(losses[-max(1, gradient_steps // 10) :]))
 
@@ -520,6 +571,15 @@ class SpikingDQN(DQN):
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "teacher", "_actor"]
+
+
+def _check_spiking(agent: object, method: str) -> None:
+    if not isinstance(agent, SpikingDQN):
+        raise ValueError(f"{method} takes a SpikingDQN, got {_named(agent)}; of an ANN, SpikingDQN.from_ann makes one")
+
+
+def _named(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
 
 
 def _dqn_of(agent: DQN | StackedTeacher) -> DQN:

@@ -6,6 +6,7 @@ and the first process alone writes; the run's folder must be one that all of the
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -46,6 +47,7 @@ from snn_rl.vision.data import (
 from snn_rl.vision.models import build
 from snn_rl.vision.recipe import AnnTraining, SnnTraining, VisionRecipe
 
+LOG = logging.getLogger(__name__)
 MODEL = "model.safetensors"
 BEST_MODEL = "best.safetensors"
 CHECKPOINT = "checkpoint.pt"
@@ -306,6 +308,9 @@ def _fit(this: Run, stage: Stage, network: nn.Module, history: History) -> None:
             history.validation.append([epoch + 1, validation])
             history.wall_seconds += time.monotonic() - started
             if this.rank == 0:
+                LOG.info(
+                    "%s after %d of %d epochs: %.2f %% on validation", stage.name, epoch + 1, epochs, 100 * validation
+                )
                 _write_log(writer, network, history, optimizer.param_groups[0]["lr"])
                 if is_best:
                     save_classifier(this.classifier(network, stage), folder / BEST_MODEL)

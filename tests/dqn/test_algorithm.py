@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from stable_baselines3 import DQN
+from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.callbacks import (
     BaseCallback,
     CheckpointCallback,
@@ -23,6 +23,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.torch_layers import NatureCNN
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecFrameStack, VecMonitor, VecNormalize
+from stable_baselines3.dqn.policies import DQNPolicy
 from torch import nn
 from torch.nn import functional as F
 
@@ -505,7 +506,7 @@ def test_from_ann_converts_and_keeps_the_q_values(ann: DQN) -> None:
 
 
 def test_from_ann_refuses_another_environment(ann: DQN) -> None:
-    with pytest.raises(ValueError, match=r"the environment's observation_space is .*, but the ANN was trained on"):
+    with pytest.raises(ValueError, match=r"the environment's observation_space is .*, but the agent was trained on"):
         SpikingDQN.from_ann(ann, gym.make("Acrobot-v1"), **{**TINY, "policy_kwargs": {}})
 
 
@@ -680,3 +681,53 @@ def test_a_continuous_action_space_is_refused() -> None:
         SpikingDQN("MlpPolicy", gym.make("Pendulum-v1"), **TINY)
     with pytest.raises(ValueError, match=r"DQN needs a Discrete action space.*Box"):
         SpikingDQN("MlpPolicy", "Pendulum-v1", **TINY)
+
+
+def test_a_parent_hands_all_but_its_timesteps_on(ann: DQN) -> None:
+    kwargs = {**TINY, "policy_kwargs": {}}
+    parent = SpikingDQN.from_ann(ann, cartpole(2), timesteps=3, leak=0.7, persistent=False, **kwargs)
+    with torch.no_grad():
+        parent.q_net.network.lif_layers["q_1"].raw_threshold.fill_(0.6)
+    child = SpikingDQN.from_parent(parent, cartpole(2), 2, **kwargs)
+    assert (child.timesteps, child.gamma, child.q_net.persistent) == (2, parent.gamma, False)
+    assert torch.equal(parameters(child), parameters(parent))
+    child.collect(parent, 200)
+    child.keep_rates(parent)
+    assert child.q_net.network.lif_layers["q_1"].threshold < 0.6  # fewer micro-steps to fire as often in
+    child.teacher = ann
+    child.distill(2)
+    assert not torch.equal(parameters(child), parameters(parent))
+
+
+def test_what_is_no_parent_is_named(ann: DQN, tmp_path: Path) -> None:
+    kwargs = {**TINY, "policy_kwargs": {}}
+    agent = SpikingDQN.from_ann(ann, cartpole(2), timesteps=2, **kwargs)
+    for timesteps in (0, 2, 3):
+        with pytest.raises(ValueError, match=rf"timesteps must lie in \[1, 1\], below the parent's, got {timesteps}"):
+            SpikingDQN.from_parent(agent, cartpole(2), timesteps, **kwargs)
+    with pytest.raises(ValueError, match=r"from_parent takes a SpikingDQN, got a DQN; of an ANN, SpikingDQN.from_ann"):
+        SpikingDQN.from_parent(ann, cartpole(2), 1, **kwargs)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="keep_rates takes a SpikingDQN, got a DQN"):
+        agent.keep_rates(ann)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"the environment's observation_space is .*, but the agent was trained on"):
+        SpikingDQN.from_parent(agent, gym.make("Acrobot-v1"), 1, **kwargs)
+    with pytest.raises(ValueError, match=r"the agent spikes already; SpikingDQN.from_parent takes it to fewer"):
+        SpikingDQN.from_ann(agent, cartpole(2), **kwargs)
+    for other in (tmp_path / "ann.zip", PPO("MlpPolicy", cartpole(), n_steps=8, batch_size=8, device="cpu")):
+        with pytest.raises(ValueError, match=rf"from_ann takes a stable_baselines3.DQN, got a {type(other).__name__}"):
+            SpikingDQN.from_ann(other, cartpole(2), **kwargs)  # type: ignore[arg-type]
+    agent.teacher = tmp_path / "ann.zip"  # type: ignore[assignment]
+    agent.collect(ann, 200)
+    with pytest.raises(ValueError, match=r"assign an agent, the ANN or the parent, to `.teacher`, got a PosixPath"):
+        agent.distill(1)
+
+
+def test_an_anns_zip_is_no_spiking_agents(ann: DQN, tmp_path: Path) -> None:
+    ann.save(tmp_path / "ann.zip")
+    message = (
+        r"needs a SpikingDQNPolicy, got stable_baselines3.dqn.policies.DQNPolicy; load an ANN by stable_baselines3"
+    )
+    with pytest.raises(ValueError, match=message):
+        SpikingDQN.load(tmp_path / "ann.zip", device="cpu")
+    with pytest.raises(ValueError, match=message):
+        SpikingDQN(DQNPolicy, cartpole())  # type: ignore[arg-type]
