@@ -38,14 +38,15 @@ PONG_LITE = Recipe(
         average_steps=32_000,
     ),
     # Short windows and many of them, and a leak at which a membrane forgets within two frames: the stack already holds
-    # the motion, so what is left over from earlier frames is noise.
+    # the motion, so what is left over from earlier frames is noise. The parent's play errs often enough to show what a
+    # student's mistakes lead to.
     snn=SnnConfig(
         percentile=99.0,
         leak=0.75,
-        parent_steps=20_000,
-        distillation_updates=18_000,
-        env_steps=50_000,
-        same_compute=True,
+        parent_steps=30_000,
+        distillation_updates=10_000,
+        average_updates=1_000,
+        env_steps=25_000,
         learning_rate=2e-3,
         play_learning_rate=1e-4,
         buffer_size=120_000,
@@ -54,7 +55,7 @@ PONG_LITE = Recipe(
         burn_in=4,
         train_every=32,
         gradient_steps=4,
-        exploration_eps=0.01,
+        exploration_eps=0.05,
         spike_weight=0.0065,
     ),
     target_return=20.7,
@@ -81,7 +82,12 @@ PONG_SINGLE_FRAME = dataclasses.replace(
     snn=dataclasses.replace(
         PONG_LITE.snn,
         leak=0.9,
+        parent_steps=20_000,
         distillation_updates=24_000,
+        average_updates=0,
+        env_steps=50_000,
+        same_compute=True,
+        exploration_eps=0.01,
         learning_rate=1e-3,
         burn_in=6,
         spike_weight=0.0,
