@@ -190,9 +190,20 @@ class SequenceReplayBuffer(ReplayBuffer):
         stacks = np.moveaxis(stacks, slot.ndim, slot.ndim + self.axis)
         flat = stacks.reshape(-1, *self.obs_shape)
         observations = torch.as_tensor(self._normalize_obs(flat, normalizer), device=self.device)
-        if observations.dim() == 4:  # what convolutions walk fastest; cheapest while a pixel is a byte
-            observations = observations.contiguous(memory_format=torch.channels_last)
-        return observations.reshape(*slot.shape, *self.obs_shape)
+        return self._fast(observations).reshape(*slot.shape, *self.obs_shape)
+
+    def _stacks(self, env: np.ndarray, start: np.ndarray, length: int) -> Tensor:
+        """`_observations` of ``length`` slots in sequence, (length, batch, *obs_shape): each frame is copied once."""
+        slot = start + np.arange(1 - self.frame_stack, length)[:, None]
+        frames = torch.as_tensor(self.frames[env, slot % self.buffer_size], device=self.device)
+        stacks = frames.unfold(0, self.frame_stack, 1)  # (length, batch, *frame, stack)
+        observations = stacks.movedim(-1, 2 + self.axis).reshape(-1, *self.obs_shape)
+        return self._fast(observations).reshape(length, -1, *self.obs_shape)
+
+    @staticmethod
+    def _fast(observations: Tensor) -> Tensor:
+        """Images in the order that convolutions walk fastest; changing it is cheapest while a pixel is a byte."""
+        return observations.contiguous(memory_format=torch.channels_last) if observations.dim() == 4 else observations
 
     def _rewards(self, env: np.ndarray, slot: np.ndarray, normalizer: VecNormalize | None) -> np.ndarray:
         rewards = self.slot_rewards[env, slot % self.buffer_size]
@@ -222,6 +233,7 @@ class SequenceReplayBuffer(ReplayBuffer):
         column = np.random.choice(self.n_envs, size=batch_size, p=starts / starts.sum())
         start = oldest[column] + np.random.randint(0, starts[column])
         slot = start + np.arange(length)[:, None]  # (length, batch)
+        observations = self._stacks(column, start, length) if env is None else self._observations(column, slot, env)
         column = np.broadcast_to(column, slot.shape)
         ring = slot % self.buffer_size
 
@@ -229,7 +241,7 @@ class SequenceReplayBuffer(ReplayBuffer):
             return torch.as_tensor(array[column, ring], device=self.device)
 
         return Windows(
-            observations=self._observations(column, slot, env),
+            observations=observations,
             actions=tensor(self.slot_actions),
             rewards=torch.as_tensor(self._rewards(column, slot, env), device=self.device),
             acted=tensor(self.acted),
