@@ -103,9 +103,9 @@ def averaged(this: Run, stage: Stage, model: DQN) -> WeightAverage | None:
     if not updates:
         return None
     average = WeightAverage(model.q_net, updates)
-    path = this.directory / stage.name / AVERAGE
-    if path.is_file():
-        average.load(path)
+    folder = this.directory / stage.name
+    if (folder / "checkpoint.zip").is_file():
+        average.load(folder / AVERAGE)
     return average
 
 

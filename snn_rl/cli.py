@@ -157,7 +157,10 @@ class _Stderr(logging.Handler):
     """To ``sys.stderr`` as it is by then; logging's own keeps the stream that it began with."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr)
+        try:
+            print(self.format(record), file=sys.stderr)
+        except Exception:  # a closed pipe, a full disk: no reason for a training to end
+            self.handleError(record)
 
 
 def _show_log() -> None:

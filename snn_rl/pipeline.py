@@ -35,7 +35,7 @@ from snn_rl._run import (
 from snn_rl.averaging import WeightAverage
 from snn_rl.dqn import ConvExtractor, SequenceReplayBuffer, SpikingDQN, SpikingDQNPolicy
 from snn_rl.dqn.replay import frame_stack_of
-from snn_rl.dqn.teacher import StackedTeacher
+from snn_rl.dqn.teacher import StackedTeacher, frames_of
 from snn_rl.evaluation import evaluate, spiking_network
 from snn_rl.files import alone_in, atomic, write_json
 from snn_rl.policy_file import check_storable, load_policy, save_policy
@@ -85,21 +85,30 @@ def run(
     if recipe.cpu_threads is not None:
         torch.set_num_threads(recipe.cpu_threads)
     this = Run(recipe, directory, seed, device, progress_bar)
-    for stage in chain(recipe.schedule, ann)[:2]:  # the ANN's environment and the spiking agent's
-        _check_spaces(recipe, this.env(stage, 1, 0))
+    _check_spaces(recipe, *(this.env(stage, 1, 0) for stage in chain(recipe.schedule, ann)[:2]))
     head = {"recipe": recipe.name, "env_id": recipe.env_id, "seed": seed}
     with alone_in(directory, wait):
         claim(directory, recipe.as_dict(), seed, ann, "the zip of an SB3 DQN")
         return run_stages(directory, chain(recipe.schedule, ann), lambda stage: _train_stage(this, stage), head)
 
 
-def _check_spaces(recipe: Recipe, env: VecEnv) -> None:
-    observations, actions = env.observation_space, env.action_space
-    env.close()
-    if not isinstance(observations, spaces.Box):
-        raise ValueError(f"{recipe.name} needs a Box of observations; flatten what its environment has, {observations}")
-    if not isinstance(actions, spaces.Discrete) or actions.start != 0:
-        raise ValueError(f"{recipe.name} needs Discrete actions from 0 on; wrap its environment, which has {actions}")
+def _check_spaces(recipe: Recipe, for_ann: VecEnv, for_spiking: VecEnv) -> None:
+    """What a stage would find out after the one before it has been trained."""
+    for env in (for_ann, for_spiking):
+        observations, actions = env.observation_space, env.action_space
+        env.close()
+        if not isinstance(observations, spaces.Box):
+            raise ValueError(f"{recipe.name} needs a Box of observations; flatten its environment's, {observations}")
+        if not isinstance(actions, spaces.Discrete) or actions.start != 0:
+            raise ValueError(
+                f"{recipe.name} needs Discrete actions from 0 on; wrap its environment, which has {actions}"
+            )
+    seen, stacked = for_spiking.observation_space, for_ann.observation_space
+    if for_ann.action_space != for_spiking.action_space or (seen != stacked and frames_of(stacked, seen) is None):
+        raise ValueError(
+            f"ann_env_kwargs of {recipe.name} may add a stack of frames alone, but {recipe.ann_env_kwargs} makes "
+            f"{stacked} of {seen}"
+        )
 
 
 # --- one stage ----------------------------------------------------------------------------------------------------
@@ -312,6 +321,7 @@ class StageCallback(BaseCallback):
         budget = recipe.ann.env_steps if timesteps is None else recipe.snn_steps(timesteps)
         self.curve_every = max(1, budget // CURVE_POINTS)
         self.next_point = self._next(self.curve_every)
+        self.averaged_updates = self.model._n_updates
 
     def _next(self, every: int) -> int:
         return (self.num_timesteps // every + 1) * every
@@ -340,7 +350,10 @@ class StageCallback(BaseCallback):
                 f"learning rate in another --run-dir. {self.folder} keeps its last checkpoint"
             )
         if self.average is not None:
-            self.average.update(self.model.gradient_steps)  # type: ignore[attr-defined]
+            made = self.model._n_updates - self.averaged_updates
+            self.averaged_updates += made
+            if made:
+                self.average.update(made)
         # Between a rollout and the next, where the replay holds every step that was taken.
         if self.num_timesteps >= self.next_checkpoint:
             self.next_checkpoint = self._next(self.this.recipe.checkpoint_every)

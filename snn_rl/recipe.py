@@ -195,7 +195,11 @@ class Recipe:
             env = self.make_env(num_envs, seed=seed, **kwargs)
         except TypeError as error:
             raise ValueError(f"the environment of {self.name} does not take {kwargs}: {error}") from error
-        if getattr(env, "num_envs", None) != num_envs:  # a gymnasium environment has none
+        from stable_baselines3.common.vec_env import VecEnv  # here, where torch is needed anyway
+
+        if not isinstance(env, VecEnv) or env.num_envs != num_envs:
+            if hasattr(env, "close"):
+                env.close()
             raise ValueError(f"make_env of {self.name} must return a VecEnv of {num_envs} environments, got {env}")
         return env
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import logging
 import math
 import os
 import re
@@ -28,7 +29,7 @@ import snn_rl._run as agent_run
 import snn_rl.pipeline as pipeline
 from agents import RECIPES
 from snn_rl import load_policy
-from snn_rl.cli import exit_status
+from snn_rl.cli import _Stderr, exit_status
 from snn_rl.files import alone_in
 from snn_rl.pipeline import run
 from snn_rl.recipe import SEEDS_PER_RUN, TEST_SEEDS, VALIDATION_SEEDS, NetworkConfig, Recipe
@@ -706,7 +707,7 @@ def test_averaged_weights_are_validated_kept_and_resumed(tmp_path: Path, monkeyp
     checkpointed: dict[str, torch.Tensor] = {}
 
     def follow(self: pipeline.StageCallback) -> None:
-        if self.stage.timesteps is None:
+        if self.stage.timesteps is None and self.model._n_updates > self.averaged_updates:  # type: ignore[attr-defined]
             for name, weight in self.model.q_net.state_dict().items():  # type: ignore[attr-defined]
                 old = by_hand.get(name, weight)
                 by_hand[name] = decay * old + (1 - decay) * weight
@@ -740,43 +741,98 @@ def test_averaged_weights_are_validated_kept_and_resumed(tmp_path: Path, monkeyp
         torch.testing.assert_close(weight, best[name])
 
 
-def test_a_spiking_stage_averages_its_updates_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = tiny(schedule=(1,))
-    recipe = dataclasses.replace(recipe, snn=dataclasses.replace(recipe.snn, average_updates=3))
-    keep = math.exp(-1 / 3)
+def test_a_spiking_stage_averages_its_updates_and_goes_on_after_a_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny(schedule=(1,), checkpoint_every=64)
+    recipe = dataclasses.replace(recipe, snn=dataclasses.replace(recipe.snn, average_updates=3, train_every=16))
     by_hand: dict[str, torch.Tensor] = {}
-    kept: list[dict[str, torch.Tensor]] = []
-    update, evaluated = pipeline.SpikingDQN._update, pipeline.evaluate
-    made = 0
+    at_a_checkpoint: dict[str, torch.Tensor] = {}
+    validated: list[dict[str, torch.Tensor]] = []
+    distil, rollout = pipeline.SpikingDQN._update, pipeline.StageCallback._on_rollout_start
+    save, evaluated = pipeline.save_checkpoint, pipeline.evaluate
+    saved = 0
 
-    def follow(self: pipeline.SpikingDQN, *args: Any, **kwargs: Any) -> float:
-        nonlocal made
-        loss = update(self, *args, **kwargs)
-        made += 1
-        if made <= recipe.snn.distillation_updates:
-            for name, weight in self.q_net.state_dict().items():
-                by_hand[name] = keep * by_hand[name] + (1 - keep) * weight if name in by_hand else weight.clone()
+    class Killed(BaseException):
+        pass
+
+    def take_in(agent: pipeline.SpikingDQN, made: int) -> None:
+        keep = math.exp(-made / 3)
+        for name, weight in agent.q_net.state_dict().items():
+            by_hand[name] = keep * by_hand[name] + (1 - keep) * weight if name in by_hand else weight.clone()
+
+    def update(self: pipeline.SpikingDQN, *args: Any, **kwargs: Any) -> float:
+        loss = distil(self, *args, **kwargs)
+        if args[0] == 0.0 and self.distilled < recipe.snn.distillation_updates:  # `distill`, not own play
+            take_in(self, 1)
         return loss
+
+    def begin_rollout(self: pipeline.StageCallback) -> None:
+        made = self.model._n_updates - self.averaged_updates  # type: ignore[attr-defined]
+        if self.stage.timesteps is not None and made:
+            assert made == recipe.snn.gradient_steps
+            take_in(self.model, made)  # type: ignore[arg-type]
+        rollout(self)
+
+    def save_and_die(folder: Path, agent: DQN, *args: Any, **kwargs: Any) -> None:
+        nonlocal saved
+        save(folder, agent, *args, **kwargs)
+        saved += isinstance(agent, pipeline.SpikingDQN)
+        if saved in (3, 7):  # while it distils, and on its own play
+            at_a_checkpoint.update({name: average.clone() for name, average in by_hand.items()})
+            saved += 1
+            raise Killed
 
     def look(agent: Any, env: Any, episodes: int) -> Any:
         if isinstance(agent, pipeline.SpikingDQN):
-            kept.append({name: weight.clone() for name, weight in agent.q_net.state_dict().items()})
+            validated.append({name: weight.clone() for name, weight in agent.q_net.state_dict().items()})
+            for name, weight in validated[-1].items():
+                torch.testing.assert_close(weight, by_hand[name])
         return evaluated(agent, env, episodes)
 
-    def play_nothing(self: pipeline.SpikingDQN, total: int, callback: Any, **kwargs: Any) -> pipeline.SpikingDQN:
-        callback.init_callback(self)
-        return self
-
-    monkeypatch.setattr(pipeline.SpikingDQN, "_update", follow)
+    monkeypatch.setattr(pipeline.SpikingDQN, "_update", update)
+    monkeypatch.setattr(pipeline.StageCallback, "_on_rollout_start", begin_rollout)
+    monkeypatch.setattr(pipeline, "save_checkpoint", save_and_die)
     monkeypatch.setattr(pipeline, "evaluate", look)
-    monkeypatch.setattr(pipeline.SpikingDQN, "learn", play_nothing)
+    for _ in range(2):
+        with pytest.raises(Killed):
+            run(recipe, tmp_path, 0, device="cpu")
+        by_hand.clear()
+        by_hand.update(at_a_checkpoint)
     run(recipe, tmp_path, 0, device="cpu")
-    assert made == recipe.snn.distillation_updates
-    assert len(kept) == 1
-    loaded = pipeline.SpikingDQN.load(tmp_path / "T1" / "model.zip", device="cpu")
-    for name, weight in kept[0].items():
-        torch.testing.assert_close(weight, by_hand[name])
-        assert torch.equal(loaded.q_net.state_dict()[name], weight)
+    assert len(validated) == 1
+    kept = pipeline.SpikingDQN.load(tmp_path / "T1" / "model.zip", device="cpu").q_net.state_dict()
+    for name, weight in validated[0].items():
+        assert torch.equal(kept[name], weight)
+
+
+def test_a_checkpoint_without_its_average_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny(schedule=(1,))
+    recipe = dataclasses.replace(recipe, snn=dataclasses.replace(recipe.snn, average_updates=3))
+
+    def dies(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as killed:
+        killed.setattr(pipeline.SpikingDQN, "learn", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, tmp_path, 0, device="cpu")
+    (tmp_path / "T1" / "checkpoint.average.safetensors").unlink()
+    with pytest.raises(ValueError, match="remove the checkpoint beside it to begin the stage again"):
+        run(recipe, tmp_path, 0, device="cpu")
+
+
+def test_a_stderr_that_is_gone_ends_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone:
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+        def flush(self) -> None: ...
+
+    handler = _Stderr()
+    monkeypatch.setattr("logging.raiseExceptions", False)
+    monkeypatch.setattr("sys.stderr", Gone())
+    handler.handle(logging.LogRecord("snn_rl", logging.INFO, "", 0, "T1 begins", (), None))
 
 
 def test_environments_that_no_stage_can_learn_in_are_named_at_once(tmp_path: Path) -> None:
@@ -793,12 +849,18 @@ def test_environments_that_no_stage_can_learn_in_are_named_at_once(tmp_path: Pat
     def in_a_dict(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
         return gym.wrappers.TransformObservation(env, lambda x: {"x": x}, gym.spaces.Dict(x=env.observation_space))
 
+    def named(n: int, *, seed: int, name: str) -> VecEnv:
+        return DummyVecEnv([lambda: gym.make(name)] * n)
+
+    other_for_the_ann = tiny(make_env=named, env_kwargs={"name": "CartPole-v1"}, ann_env_kwargs={"name": "Acrobot-v1"})
     for recipe, message in (
         (of("Pendulum-v1"), r"cartpole needs Discrete actions from 0 on; wrap its environment, which has Box"),
         (of("CartPole-v1", from_one), r"cartpole needs Discrete actions from 0 on; .* has Discrete\(2, start=1\)"),
-        (of("CartPole-v1", in_a_dict), r"cartpole needs a Box of observations; flatten what its environment has, Dict"),
+        (of("CartPole-v1", in_a_dict), r"cartpole needs a Box of observations; flatten its environment's, Dict"),
         (of("CartPole-v1", num_envs=3), r"make_env of cartpole must return a VecEnv of 1 environments, got"),
         (tiny(make_env=lambda n, seed: gym.make("CartPole-v1"), env_kwargs={}), r"must return a VecEnv of 1 environ"),
+        (tiny(make_env=lambda n, seed: gym.make_vec("CartPole-v1", n), env_kwargs={}), r"must return a VecEnv of 1"),
+        (other_for_the_ann, r"ann_env_kwargs of cartpole may add a stack of frames alone, but {'name': 'Acrobot-v1'}"),
     ):
         with pytest.raises(ValueError, match=message):
             run(recipe, tmp_path / "run", 0, device="cpu")

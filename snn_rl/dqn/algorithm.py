@@ -262,8 +262,8 @@ class SpikingDQN(DQN):
         assert self.replay_buffer is not None
         if not self.replay_buffer.holds_windows(self.window_length):
             return
-        if self.distillation_weight and self.teacher is None:
-            raise ValueError("distillation_weight is > 0, but no teacher is set: assign the parent agent to `.teacher`")
+        if self.distillation_weight:
+            self._check_teacher()
         self._update_learning_rate(self.policy.optimizer)
         losses = [
             self._update(self.td_weight, self.distillation_weight, batch_size, log_spikes=step == gradient_steps - 1)
@@ -274,6 +274,13 @@ class SpikingDQN(DQN):
         for name, lif in self.q_net.network.lif_layers.items():
             self.logger.record(f"threshold/{name}", lif.threshold.item())
             self.logger.record(f"leak/{name}", lif.leak.item())
+
+    def _check_teacher(self) -> None:
+        if not isinstance(self.teacher, DQN | StackedTeacher):
+            raise ValueError(
+                "distillation needs a teacher: assign the ANN or the parent, an agent, to `.teacher`, which is "
+                + _named(self.teacher)
+            )
 
     def _update(
         self, td_weight: float, distillation_weight: float, batch_size: int, *, log_spikes: bool = False
@@ -412,7 +419,7 @@ class SpikingDQN(DQN):
             "leak": leak,
             "leak_reset": leak_reset,
             "persistent": persistent,
-            **kwargs.pop("policy_kwargs", {}),
+            **(kwargs.pop("policy_kwargs", None) or {}),
         }
         if calibration_steps < 1:
             raise ValueError(f"calibration_steps must be >= 1, got {calibration_steps}")
@@ -462,13 +469,19 @@ class SpikingDQN(DQN):
             ValueError: a parent that does not spike, ``timesteps`` that are not fewer, or spaces that are not its.
         """
         _check_spiking(parent, "from_parent")
+        if parent.timesteps == 1:
+            raise ValueError("the parent is at 1 timestep already, and there are no fewer")
         if not 1 <= timesteps < parent.timesteps:
             raise ValueError(f"timesteps must lie in [1, {parent.timesteps - 1}], below the parent's, got {timesteps}")
-        policy_kwargs = {**parent.policy_kwargs, **kwargs.pop("policy_kwargs", {}), "timesteps": timesteps}
+        policy_kwargs = {**parent.policy_kwargs, **(kwargs.pop("policy_kwargs", None) or {}), "timesteps": timesteps}
         policy = type(parent.policy)
         model = cls(policy, env, policy_kwargs=policy_kwargs, **{"gamma": parent.gamma, **kwargs})
         model._check_spaces_of(parent)
-        model.policy.load_state_dict(parent.policy.state_dict(), strict=True)
+        try:
+            model.q_net.load_state_dict(parent.q_net.state_dict(), strict=True)
+        except RuntimeError as error:
+            raise ValueError("the layers are the parent's: leave net_arch and the like out of policy_kwargs") from error
+        model.q_net_target.load_state_dict(model.q_net.state_dict())
         return model
 
     @property
@@ -482,7 +495,7 @@ class SpikingDQN(DQN):
             if getattr(self, name) != getattr(other, name):
                 raise ValueError(
                     f"the environment's {name} is {getattr(self, name)}, but the agent was trained on "
-                    f"{getattr(other, name)}; build the environment as it was for it"
+                    f"{getattr(other, name)}; build it as for that agent's training"
                 )
 
     def _play(self, actor: DQN | StackedTeacher, steps: int) -> Iterator[np.ndarray]:
@@ -545,10 +558,7 @@ class SpikingDQN(DQN):
         ``after_update`` is called after each of them. Ends with the target network equal to the online one. Raises
         ValueError where no teacher is set.
         """
-        if not isinstance(self.teacher, DQN | StackedTeacher):
-            raise ValueError(
-                f"no teacher is set: assign an agent, the ANN or the parent, to `.teacher`, got {_named(self.teacher)}"
-            )
+        self._check_teacher()
         if gradient_steps < 1:
             raise ValueError(f"gradient_steps must be >= 1, got {gradient_steps}")
         schedule = learning_rate or (lambda _: self.lr_schedule(self._current_progress_remaining))
@@ -574,6 +584,8 @@ class SpikingDQN(DQN):
 
 
 def _check_spiking(agent: object, method: str) -> None:
+    if isinstance(agent, DQN) and isinstance(agent.policy, SpikingDQNPolicy) and not isinstance(agent, SpikingDQN):
+        raise ValueError(f"{method} takes a SpikingDQN, got one that DQN.load has loaded; load it by SpikingDQN.load")
     if not isinstance(agent, SpikingDQN):
         raise ValueError(f"{method} takes a SpikingDQN, got {_named(agent)}; of an ANN, SpikingDQN.from_ann makes one")
 

@@ -590,7 +590,7 @@ def test_the_callers_arguments_are_left_alone() -> None:
 def test_distillation_brings_the_network_to_its_teacher(ann: DQN) -> None:
     kwargs = {**TINY, "policy_kwargs": {}, "learning_rate": 1e-3, "batch_size": 16}
     agent = SpikingDQN.from_ann(ann, cartpole(2), timesteps=2, distillation_weight=1.0, td_weight=0.0, **kwargs)
-    with pytest.raises(ValueError, match="no teacher is set"):
+    with pytest.raises(ValueError, match="distillation needs a teacher: assign the ANN or the parent"):
         agent.distill(1)
     ann.exploration_rate = 0.3
     agent.collect(ann, 600)
@@ -691,6 +691,8 @@ def test_a_parent_hands_all_but_its_timesteps_on(ann: DQN) -> None:
     child = SpikingDQN.from_parent(parent, cartpole(2), 2, **kwargs)
     assert (child.timesteps, child.gamma, child.q_net.persistent) == (2, parent.gamma, False)
     assert torch.equal(parameters(child), parameters(parent))
+    for online, target in zip(child.q_net.parameters(), child.q_net_target.parameters(), strict=True):
+        assert torch.equal(online, target)  # whatever the parent's target was
     child.collect(parent, 200)
     child.keep_rates(parent)
     assert child.q_net.network.lif_layers["q_1"].threshold < 0.6  # fewer micro-steps to fire as often in
@@ -713,12 +715,24 @@ def test_what_is_no_parent_is_named(ann: DQN, tmp_path: Path) -> None:
         SpikingDQN.from_parent(agent, gym.make("Acrobot-v1"), 1, **kwargs)
     with pytest.raises(ValueError, match=r"the agent spikes already; SpikingDQN.from_parent takes it to fewer"):
         SpikingDQN.from_ann(agent, cartpole(2), **kwargs)
+    with pytest.raises(ValueError, match="leave net_arch and the like out of policy_kwargs"):
+        SpikingDQN.from_parent(agent, cartpole(2), 1, **{**kwargs, "policy_kwargs": {"net_arch": [8]}})
+    at_1 = SpikingDQN.from_parent(agent, cartpole(2), 1, **{**kwargs, "policy_kwargs": None})
+    with pytest.raises(ValueError, match="the parent is at 1 timestep already, and there are no fewer"):
+        SpikingDQN.from_parent(at_1, cartpole(2), 1, **kwargs)
+    agent.save(tmp_path / "agent.zip")
+    with pytest.warns(UserWarning, match="n_steps=2"):
+        not_ours = DQN.load(tmp_path / "agent.zip", device="cpu")
+    with pytest.raises(ValueError, match=r"one that DQN.load has loaded; load it by SpikingDQN.load"):
+        SpikingDQN.from_parent(not_ours, cartpole(2), 1, **kwargs)  # type: ignore[arg-type]
     for other in (tmp_path / "ann.zip", PPO("MlpPolicy", cartpole(), n_steps=8, batch_size=8, device="cpu")):
         with pytest.raises(ValueError, match=rf"from_ann takes a stable_baselines3.DQN, got a {type(other).__name__}"):
             SpikingDQN.from_ann(other, cartpole(2), **kwargs)  # type: ignore[arg-type]
     agent.teacher = tmp_path / "ann.zip"  # type: ignore[assignment]
     agent.collect(ann, 200)
-    with pytest.raises(ValueError, match=r"assign an agent, the ANN or the parent, to `.teacher`, got a PosixPath"):
+    with pytest.raises(
+        ValueError, match=r"assign the ANN or the parent, an agent, to `.teacher`, which is a PosixPath"
+    ):
         agent.distill(1)
 
 
