@@ -18,11 +18,12 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFreq, TrainFrequencyUnit
 from stable_baselines3.common.utils import update_learning_rate
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from snn_rl.activity import count_spikes, spikes_per_neuron
 from snn_rl.convert import DEFAULT_LEAK, DEFAULT_PERCENTILE, to_spiking
+from snn_rl.dqn.captured import CapturedGradient, gradient
 from snn_rl.dqn.losses import distillation_loss, n_step_returns
 from snn_rl.dqn.policy import CnnPolicy, MlpPolicy, NumpyState, SpikingDQNPolicy, SpikingQNetwork, q_network_ann
 from snn_rl.dqn.replay import SequenceReplayBuffer, Windows, frame_stack_of
@@ -31,6 +32,8 @@ from snn_rl.network import State
 from snn_rl.spread import scale_currents, spread_first_synapse
 
 SelfSpikingDQN = TypeVar("SelfSpikingDQN", bound="SpikingDQN")
+
+SPIKES_EVERY = 100  # updates: how often spikes are counted for the log, which is slower than not to
 
 
 class SpikingDQN(DQN):
@@ -130,6 +133,7 @@ class SpikingDQN(DQN):
         self._last_state: NumpyState | None = None  # aligned with `_last_obs`: the membranes before it is seen
         self._next_state: NumpyState | None = None  # after it was seen; committed with the transition
         self._exploration: np.random.Generator | None = None
+        self._captured: tuple[tuple[Any, ...], CapturedGradient] | None = None
         self._actor: DQN | StackedTeacher | None = None  # who acts in place of this agent, while `collect` runs
         try:
             super().__init__(
@@ -266,8 +270,10 @@ class SpikingDQN(DQN):
             self._check_teacher()
         self._update_learning_rate(self.policy.optimizer)
         losses = [
-            self._update(self.td_weight, self.distillation_weight, batch_size, log_spikes=step == gradient_steps - 1)
-            for step in range(gradient_steps)
+            self._update(
+                self.td_weight, self.distillation_weight, batch_size, log_spikes=self._n_updates % SPIKES_EVERY == 0
+            )
+            for _ in range(gradient_steps)
         ]
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("train/loss", float(np.mean(losses)))
@@ -289,19 +295,45 @@ class SpikingDQN(DQN):
         assert self.replay_buffer is not None
         self.policy.set_training_mode(True)
         windows = self.replay_buffer.sample_windows(batch_size, self.window_length, env=self._vec_normalize_env)
-        with count_spikes(self.q_net.network) if log_spikes else nullcontext() as counter:
-            loss = self._loss(windows, td_weight, distillation_weight)
-        for name, rate in counter.rates().items() if counter is not None else ():
-            self.logger.record_mean(f"spike_rate/{name}", rate)
-        self.policy.optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
-        value = loss.item()
+
+        def loss(windows: Windows) -> Tensor:
+            return self._loss(windows, td_weight, distillation_weight)
+
+        if self.device.type == "cuda" and not log_spikes:  # counting needs the layers run one by one
+            value, norm = self._captured_gradient(loss, (td_weight, distillation_weight), windows)(windows)
+        else:
+            with count_spikes(self.q_net.network) if log_spikes else nullcontext() as counter:
+                value, norm = (x.item() for x in gradient(loss, windows, self._learning, self.max_grad_norm))
+            for name, rate in counter.rates().items() if counter is not None else ():
+                self.logger.record_mean(f"spike_rate/{name}", rate)
         if not (math.isfinite(value) and math.isfinite(norm)):  # before the step, which would spoil every weight
             raise ValueError(self._why_not_finite(windows, value))
         self.policy.optimizer.step()
         self._n_updates += 1
         return value
+
+    @property
+    def _learning(self) -> list[nn.Parameter]:
+        """What the optimiser trains: the target network keeps no gradient."""
+        return list(self.q_net.parameters())
+
+    def _captured_gradient(
+        self, loss: Callable[[Windows], Tensor], weights: tuple[float, float], windows: Windows
+    ) -> CapturedGradient:
+        """The gradient of ``loss`` as a CUDA graph, captured anew where anything that it holds has changed."""
+        networks: list[nn.Module] = [self.q_net, self.q_net_target]
+        if self.teacher is not None:
+            networks.append(_dqn_of(self.teacher).q_net)
+        held = (
+            *weights, self.spike_weight, self.distillation_temperature, self.gamma, self.n_steps,
+            self.burn_in, self.sequence_length, self.max_grad_norm, self.timesteps,
+            *(tensor.shape for tensor in windows),
+            *(weight.data_ptr() for network in networks for weight in network.parameters()),
+        )  # fmt: skip
+        if self._captured is None or self._captured[0] != held:
+            self._captured = None  # its memory first
+            self._captured = held, CapturedGradient(loss, self._learning, self.max_grad_norm, windows)
+        return self._captured[1]
 
     def _why_not_finite(self, windows: Windows, loss: float) -> str:
         for name, values in (("observations", windows.observations), ("rewards", windows.rewards)):
@@ -580,7 +612,10 @@ class SpikingDQN(DQN):
         return super().load(*args, **kwargs)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "teacher", "_actor"]
+        return [*super()._excluded_save_params(), "teacher", "_actor", "_captured"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_captured": None}  # a copy has weights of its own
 
 
 def _check_spiking(agent: object, method: str) -> None:

@@ -20,16 +20,16 @@ def distillation_loss(q_t: Tensor, teacher_t: Tensor, mask: Tensor, temperature:
     or won spread widely; not the values' own deviation, because a good agent's may hardly differ at all.
     """
     value, value_teacher = q_t.mean(-1, keepdim=True), teacher_t.mean(-1, keepdim=True)
-    # Of the entries of the mask alone, without indexing by it, for which a GPU would have to be waited for.
-    spread = torch.where(mask, teacher_t.amax(-1) - teacher_t.amin(-1), torch.nan)
-    scale = temperature * spread.nanmedian().nan_to_num(1.0).clamp(min=1e-6)
+    counted = mask.sum().clamp(min=1)
+    # The median of the mask's entries. Neither indexed by the mask nor by `nanmedian`, which a GPU is waited for.
+    spread = torch.where(mask, teacher_t.amax(-1) - teacher_t.amin(-1), torch.inf).flatten().sort().values
+    scale = temperature * spread.gather(0, (counted - 1).unsqueeze(0) // 2).clamp(min=1e-6)
     divergence = F.kl_div(
         F.log_softmax((q_t - value) / scale, -1),
         F.log_softmax((teacher_t - value_teacher) / scale, -1),
         reduction="none",
         log_target=True,
     ).sum(-1)
-    counted = mask.sum().clamp(min=1)
     unit = ((value_teacher.squeeze(-1).square() * mask).sum() / counted).sqrt().clamp(min=1e-6)
     loss = divergence + 0.1 * F.smooth_l1_loss(value / unit, value_teacher / unit, reduction="none").squeeze(-1)
     return (loss * mask).sum() / counted
