@@ -112,7 +112,7 @@ def _run_dir(options: argparse.Namespace) -> Path:
 
 def train(argv: Sequence[str] | None, recipes: Mapping[str, Recipe], default: str) -> int:
     """The command line of an agent's ``scripts/train_*.py``: choose a recipe, override any of its fields, run it."""
-    parser = _parser("this SB3 DQN", "ZIP", "an ANN-DQN")
+    parser = _parser("this SB3 DQN's zip, or an ANN's policy.safetensors,", "FILE", "an ANN-DQN")
     parser.add_argument("--recipe", default=default, help=f"one of {', '.join(recipes)} (default: {default})")
     options, overrides = parser.parse_known_args(argv)
 

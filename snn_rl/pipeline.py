@@ -20,6 +20,7 @@ from stable_baselines3.common.callbacks import BaseCallback, CallbackList, Progr
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.dqn.policies import DQNPolicy
 
 from snn_rl._run import (
     History,
@@ -57,6 +58,7 @@ LOG = logging.getLogger(__name__)
 PROTOCOL = "greedy, one episode per seed, seeds unseen in training and selection"
 CURVE_POINTS = 400
 DISTILLATION_PIECES = 20
+ANN_FILES = "the zip of an SB3 DQN or the policy.safetensors of an ANN"
 
 
 def run(
@@ -71,8 +73,9 @@ def run(
 ) -> dict[str, Any]:
     """Train every stage of ``recipe`` that is not finished yet; returns what ``results.json`` holds.
 
-    ``ann`` is an SB3 DQN's zip that takes the ANN stage's place: it is evaluated, not trained. Where another process
-    trains in ``directory``, ``wait`` that many seconds for it to end. Progress goes to ``logging``'s "snn_rl".
+    ``ann`` is an SB3 DQN's zip, or the policy file of an ANN, that takes the ANN stage's place: it is evaluated, not
+    trained. Where another process trains in ``directory``, ``wait`` that many seconds for it to end. Progress goes to
+    ``logging``'s "snn_rl".
 
     Raises:
         ValueError: a directory of another run, or one that another process trains in; a device that is not there; an
@@ -88,7 +91,7 @@ def run(
     _check_spaces(recipe, *(this.env(stage, 1, 0) for stage in chain(recipe.schedule, ann)[:2]))
     head = {"recipe": recipe.name, "env_id": recipe.env_id, "seed": seed}
     with alone_in(directory, wait):
-        claim(directory, recipe.as_dict(), seed, ann, "the zip of an SB3 DQN")
+        claim(directory, recipe.as_dict(), seed, ann, ANN_FILES)
         return run_stages(directory, chain(recipe.schedule, ann), lambda stage: _train_stage(this, stage), head)
 
 
@@ -277,22 +280,38 @@ def _adam(config: AnnConfig | SnnConfig) -> dict[str, Any]:
 
 
 def _load_ann(this: Run, stage: Stage, path: Path) -> DQN:
+    env = this.env(stage, 1, 0)
+    try:
+        if path.suffix == ".safetensors":
+            policy: DQNPolicy = load_policy(path).policy
+        else:
+            model = _read_zip(path, this.device)
+            policy = model.policy
+        if isinstance(policy, SpikingDQNPolicy):
+            raise ValueError(f"{path} holds a spiking agent; --ann takes an ANN: {ANN_FILES}")
+        check_storable(policy)
+        for name in ("observation_space", "action_space"):
+            ours, theirs = getattr(policy, name), getattr(env, name)
+            if ours != theirs:
+                raise ValueError(f"{path} was trained with {name} {ours}, but {this.recipe.name} has {theirs}")
+        if path.suffix == ".safetensors":
+            names = ("net_arch", "features_extractor_class", "features_extractor_kwargs", "normalize_images")
+            kwargs = {name: getattr(policy, name) for name in names}
+            model = DQN(DQNPolicy, env, buffer_size=1, policy_kwargs=kwargs, seed=this.first_seed, device=this.device)
+            for q_net in (model.q_net, model.q_net_target):
+                q_net.load_state_dict(policy.q_net.state_dict())
+    finally:
+        env.close()
+    return model
+
+
+def _read_zip(path: Path, device: str) -> DQN:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a spiking agent, say, which is refused below
-            model = DQN.load(path, device=this.device)
+            warnings.simplefilter("ignore")  # of a spiking agent, say, which the caller refuses
+            return DQN.load(path, device=device)
     except Exception as error:  # unpickling a foreign file may raise anything
         raise ValueError(f"{path} is not a readable SB3 DQN: {one_line(error)}") from error
-    if isinstance(model.policy, SpikingDQNPolicy):
-        raise ValueError(f"{path} holds a spiking agent; --ann takes an ANN: an SB3 DQN")
-    check_storable(model.policy)
-    env = this.env(stage, 1, 0)
-    for name in ("observation_space", "action_space"):
-        ours, theirs = getattr(model, name), getattr(env, name)
-        if ours != theirs:
-            raise ValueError(f"{path} was trained with {name} {ours}, but {this.recipe.name} has {theirs}")
-    env.close()
-    return model
 
 
 # --- during a stage -----------------------------------------------------------------------------------------------

@@ -275,6 +275,21 @@ def test_an_sb3_dqn_from_elsewhere_takes_the_anns_place(tmp_path: Path, monkeypa
     assert load_policy(tmp_path / "run" / "T1" / "policy.safetensors").metadata["net_arch"] == [24]
 
 
+def test_a_policy_file_takes_the_anns_place(finished: Path, tmp_path: Path) -> None:
+    file = finished / "ann" / "policy.safetensors"
+    results = run(tiny(schedule=(1,)), tmp_path, 3, device="cpu", ann=file)
+    ann, t1 = results["stages"]
+    assert (ann["parent"], ann["env_steps"], t1["parent"]) == (str(file), 0, "ann")
+    # the very network: by its weights, and by how it plays the test seeds of the run that it is from
+    assert ann["eval"]["returns"] == json.loads((finished / "results.json").read_text())["stages"][0]["eval"]["returns"]
+    ours, theirs = (load_policy(path).network.state_dict() for path in (tmp_path / "ann" / "policy.safetensors", file))
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name], weight, rtol=0, atol=0)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert run(tiny(schedule=(1,)), tmp_path, 3, device="cpu", ann=file) == results
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
 def test_an_ann_on_a_stack_teaches_an_agent_on_one_frame(tmp_path: Path) -> None:
     recipe = RECIPES["cartpole-no-velocity"].smoke()
     recipe = dataclasses.replace(recipe, schedule=(2, 1), network=tiny().network)
@@ -516,9 +531,19 @@ def test_bad_device_ann_and_seed_are_named(tmp_path: Path) -> None:
         run(tiny(), tmp_path, device="cpu", ann=tmp_path / "foreign.zip")
 
 
-def test_a_spiking_agent_is_no_ann(finished: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"model.zip holds a spiking agent; --ann takes an ANN"):
-        run(tiny(), tmp_path, device="cpu", ann=finished / "T1" / "model.zip")
+@pytest.mark.parametrize("file", ["model.zip", "policy.safetensors"])
+def test_a_spiking_agent_is_no_ann(finished: Path, tmp_path: Path, file: str) -> None:
+    with pytest.raises(ValueError, match=rf"{file} holds a spiking agent; --ann takes an ANN"):
+        run(tiny(), tmp_path, device="cpu", ann=finished / "T1" / file)
+
+
+def test_a_policy_file_that_does_not_fit_is_no_ann(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "foreign.safetensors").write_bytes(b"not weights")
+    with pytest.raises(ValueError, match=r"foreign.safetensors is not a readable safetensors file"):
+        run(tiny(), tmp_path / "run", device="cpu", ann=tmp_path / "foreign.safetensors")
+    recipe = dataclasses.replace(RECIPES["cartpole-no-velocity"].smoke(), network=tiny().network)
+    with pytest.raises(ValueError, match=r"policy.safetensors was trained with observation_space Box"):
+        run(recipe, tmp_path / "run", device="cpu", ann=finished / "ann" / "policy.safetensors")
 
 
 def test_cuda_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
