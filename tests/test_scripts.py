@@ -113,5 +113,5 @@ def test_help_lists_the_recipes_fields() -> None:
     command = [sys.executable, "scripts/train_pong.py", "--help"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0
-    for word in ("--recipe", "--smoke", "--ann ZIP", "--schedule", "--snn.learning-rate", "--total-snn-steps"):
+    for word in ("--recipe", "--smoke", "--ann FILE", "--schedule", "--snn.learning-rate", "--total-snn-steps"):
         assert word in result.stdout
