@@ -297,7 +297,9 @@ def _load_ann(this: Run, stage: Stage, path: Path) -> DQN:
         if path.suffix == ".safetensors":
             names = ("net_arch", "features_extractor_class", "features_extractor_kwargs", "normalize_images")
             kwargs = {name: getattr(policy, name) for name in names}
-            model = DQN(DQNPolicy, env, buffer_size=1, policy_kwargs=kwargs, seed=this.first_seed, device=this.device)
+            gamma, eps = this.recipe.ann.gamma, this.recipe.ann.exploration_eps
+            model = DQN(DQNPolicy, env, gamma=gamma, buffer_size=1, policy_kwargs=kwargs, device=this.device)
+            model.exploration_rate = eps  # as a training leaves it
             for q_net in (model.q_net, model.q_net_target):
                 q_net.load_state_dict(policy.q_net.state_dict())
     finally:

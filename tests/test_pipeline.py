@@ -280,6 +280,8 @@ def test_a_policy_file_takes_the_anns_place(finished: Path, tmp_path: Path) -> N
     results = run(tiny(schedule=(1,)), tmp_path, 3, device="cpu", ann=file)
     ann, t1 = results["stages"]
     assert (ann["parent"], ann["env_steps"], t1["parent"]) == (str(file), 0, "ann")
+    algorithm = DQN.load(tmp_path / "ann" / "model.zip")  # as good for a program to go on with as a trained one
+    assert (algorithm.gamma, algorithm.exploration_rate) == (tiny().ann.gamma, tiny().ann.exploration_eps)
     # the very network: by its weights, and by how it plays the test seeds of the run that it is from
     assert ann["eval"]["returns"] == json.loads((finished / "results.json").read_text())["stages"][0]["eval"]["returns"]
     ours, theirs = (load_policy(path).network.state_dict() for path in (tmp_path / "ann" / "policy.safetensors", file))

@@ -20,7 +20,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "agents" / "pretrained"
 PUBLISHED = {path.parent.name: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*/results.json"))}
 STAGES = [(recipe, stage) for recipe, results in PUBLISHED.items() for stage in results["stages"]]
 # Return after a few seconds of play (emulator frames of an episode, least mean return): what a random agent never has.
-SHORT = {"pong-lite": (2_400, -3.0), "pong-single-frame": (2_400, -3.0)}
+SHORT = dict.fromkeys(("pong", "pong-lite", "pong-single-frame"), (2_400, -3.0))
 
 
 @pytest.mark.parametrize(("recipe", "stage"), STAGES, ids=[f"{recipe}-{stage['stage']}" for recipe, stage in STAGES])

@@ -326,7 +326,9 @@ class SpikingDQN(DQN):
             networks.append(_dqn_of(self.teacher).q_net)
         held = (
             *weights, self.spike_weight, self.distillation_temperature, self.gamma, self.n_steps,
-            self.burn_in, self.sequence_length, self.max_grad_norm, self.timesteps,
+            self.burn_in, self.sequence_length, self.max_grad_norm,
+            self.teacher,  # itself: where it is still held, no other can have come to stand in its memory
+            *((q.network.timesteps, q.persistent) for q in networks if isinstance(q, SpikingQNetwork)),
             *(tensor.shape for tensor in windows),
             *(weight.data_ptr() for network in networks for weight in network.parameters()),
         )  # fmt: skip

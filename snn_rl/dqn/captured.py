@@ -37,14 +37,15 @@ class CapturedGradient:
             value, norm = gradient(loss, self._windows, parameters, max_grad_norm)
             return torch.stack([value.detach(), norm])
 
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
+        device = example.observations.device  # which need not be the current one
+        aside = torch.cuda.Stream(device)
+        aside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(aside):
             for _ in range(WARM_UP):
                 run()
-        torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.current_stream(device).wait_stream(aside)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, stream=aside):
             self._measured = run()
         self._gradients = [parameter.grad for parameter in parameters]
 
@@ -52,7 +53,8 @@ class CapturedGradient:
         """Leaves the clipped gradients in the parameters' ``grad``; returns the loss and the norm before clipping."""
         for held, given in zip(self._windows, windows, strict=True):
             held.copy_(given)
-        self._graph.replay()
+        with torch.cuda.device(self._windows.observations.device):
+            self._graph.replay()
         for parameter, grad in zip(self._parameters, self._gradients, strict=True):
             parameter.grad = grad  # which an update in between, outside the graph, may have replaced
         value, norm = self._measured.tolist()
