@@ -67,19 +67,23 @@ PONG_LITE = Recipe(
 # Its first synapse, which multiplies in ANN and SNN alike, has a third of the operations: spikes saved elsewhere hardly
 # save energy, and the loss asks for few spikes less strictly than that of pong-lite.
 # A student of four times the pixels learns 30,000 steps of play by heart: its loss is twice as high on steps it has not
-# seen. And the fewer its micro-steps, the more updates it takes.
+# seen. The fewer its micro-steps, the more updates it takes, and many of them on its own play, at a rate at which it
+# still learns: greedy games without sticky actions are few, and it has to win the very ones that it plays.
+# Most channels of its first layer come to be dead.
 PONG = dataclasses.replace(
     PONG_LITE,
     name="pong",
     env_kwargs={"image_size": 84, "frame_stack": 4, "sticky": 0.0, "max_episode_frames": EPISODE_FRAMES},
     network=NetworkConfig(convolutions=((32, 8, 4), (64, 4, 2), (64, 3, 1)), features_dim=512, net_arch=()),
-    ann=dataclasses.replace(PONG_LITE.ann, env_steps=1_200_000),
+    ann=dataclasses.replace(PONG_LITE.ann, env_steps=1_200_000, drop_dead_units=True),
     snn=dataclasses.replace(
         PONG_LITE.snn,
-        parent_steps=200_000,
-        distillation_updates=50_000,
-        env_steps=75_000,
+        parent_steps=100_000,
+        distillation_updates=25_000,
+        env_steps=125_000,
         same_compute=True,
+        learning_rate=1e-3,
+        play_learning_rate=5e-4,
         buffer_size=250_000,
         spike_weight=0.002,
     ),

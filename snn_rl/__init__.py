@@ -4,6 +4,7 @@ from snn_rl.activity import Activity as Activity
 from snn_rl.activity import activity as activity
 from snn_rl.activity import count_spikes as count_spikes
 from snn_rl.convert import to_spiking as to_spiking
+from snn_rl.dead_units import without_dead_units as without_dead_units
 from snn_rl.dqn import SpikingDQN as SpikingDQN
 from snn_rl.network import SpikingNetwork as SpikingNetwork
 from snn_rl.neuron import LIF as LIF

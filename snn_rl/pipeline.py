@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from snn_rl._run import (
     save_checkpoint,
 )
 from snn_rl.averaging import WeightAverage
+from snn_rl.dead_units import without_dead_units
 from snn_rl.dqn import ConvExtractor, SequenceReplayBuffer, SpikingDQN, SpikingDQNPolicy
 from snn_rl.dqn.replay import frame_stack_of
 from snn_rl.dqn.teacher import StackedTeacher, frames_of
@@ -58,6 +60,7 @@ LOG = logging.getLogger(__name__)
 PROTOCOL = "greedy, one episode per seed, seeds unseen in training and selection"
 CURVE_POINTS = 400
 DISTILLATION_PIECES = 20
+OWN_PLAY = 10_000  # environment steps in which a unit of the ANN has to be active, or is dead
 ANN_FILES = "the zip of an SB3 DQN or the policy.safetensors of an ANN"
 
 
@@ -150,6 +153,8 @@ def _train_stage(this: Run, stage: Stage) -> None:
         history.extra_updates += model._n_updates
         if (folder / BEST).is_file():
             model = load_model(this, algorithm_of(stage), folder / BEST)
+    if stage.timesteps is None and this.recipe.ann.drop_dead_units:
+        model = without_dead_units(model, _own_play(this, stage, model))
     _export(this, stage, model, history)
 
 
@@ -213,6 +218,19 @@ def _begin(this: Run, stage: Stage) -> tuple[DQN, History]:
     history = History(extra_steps=model.num_timesteps, wall_seconds=time.monotonic() - started)
     model.num_timesteps = 0
     return model, history
+
+
+def _own_play(this: Run, stage: Stage, model: DQN) -> Iterator[np.ndarray]:
+    """Observations (n_envs, ...) of an ANN's epsilon-greedy play, as the stage behind it will see it."""
+    env = this.env(stage, this.recipe.num_envs, 0)
+    before, model.exploration_rate = model.exploration_rate, this.recipe.snn.exploration_eps
+    obs = env.reset()
+    for _ in range(-(-OWN_PLAY // this.recipe.num_envs)):
+        assert isinstance(obs, np.ndarray)
+        yield obs
+        obs, *_ = env.step(model.predict(obs)[0])
+    model.exploration_rate = before
+    env.close()
 
 
 def _distill(this: Run, stage: Stage, model: SpikingDQN, history: History, average: WeightAverage | None) -> None:

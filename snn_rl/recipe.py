@@ -49,6 +49,7 @@ class AnnConfig:
     # Time constant of an exponential moving average of the weights, which is what is validated and kept; 0 keeps the
     # weights as they stand. Greedy play swings from one update to the next, and with it what a stage hands on.
     average_steps: int = 0
+    drop_dead_units: bool = False  # at the end of the stage (`snn_rl.without_dead_units`)
 
 
 @dataclass(frozen=True)

@@ -292,6 +292,24 @@ def test_a_policy_file_takes_the_anns_place(finished: Path, tmp_path: Path) -> N
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
+def test_dead_units_are_left_out_at_the_end_of_the_ann_stage(tmp_path: Path) -> None:
+    recipe = tiny()
+    recipe = dataclasses.replace(recipe, ann=dataclasses.replace(recipe.ann, drop_dead_units=True))
+    dqn = DQN("MlpPolicy", recipe.build_env(1, 0), policy_kwargs={"net_arch": [24]}, seed=0, device="cpu")
+    with torch.no_grad():
+        dqn.q_net.q_net[0].bias[:9] = -1e3
+    dqn.save(tmp_path / "dqn.zip")
+    results = run(recipe, tmp_path / "run", 0, device="cpu", ann=tmp_path / "dqn.zip")
+    (width,) = load_policy(tmp_path / "run" / "ann" / "policy.safetensors").metadata["net_arch"]
+    assert 1 <= width <= 15
+    for stage in results["stages"][1:]:
+        assert stage["energy"]["ann_ops"] == 4 * width + width * 2
+    # the same play: by the whole network's own actions on the same seeds
+    whole = run(tiny(schedule=(1,)), tmp_path / "whole", 0, device="cpu", ann=tmp_path / "dqn.zip")
+    assert results["stages"][0]["eval"]["returns"] == whole["stages"][0]["eval"]["returns"]
+    assert DQN.load(tmp_path / "run" / "ann" / "model.zip").exploration_rate == dqn.exploration_rate
+
+
 def test_an_ann_on_a_stack_teaches_an_agent_on_one_frame(tmp_path: Path) -> None:
     recipe = RECIPES["cartpole-no-velocity"].smoke()
     recipe = dataclasses.replace(recipe, schedule=(2, 1), network=tiny().network)
