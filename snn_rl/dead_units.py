@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from stable_baselines3 import DQN
 from stable_baselines3.common.preprocessing import preprocess_obs
-from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.torch_layers import FlattenExtractor, NatureCNN
 from torch import Tensor, nn
 
 from snn_rl.dqn import ConvExtractor
@@ -34,21 +34,22 @@ def without_dead_units(dqn: DQN, observations: Iterable[np.ndarray]) -> DQN:
     returned shares environment, replay and logger with ``dqn``, and has an optimiser of its own.
 
     Raises:
-        ValueError: no observation, or a network that is not ReLUs behind a `ConvExtractor` or SB3's flattened
-            observations.
+        ValueError: no observation, or a network that is not ReLUs behind a `ConvExtractor`, SB3's ``NatureCNN``, which
+            becomes one, or flattened observations.
     """
     policy = dqn.policy
     extractor = policy.q_net.features_extractor
-    if not isinstance(extractor, ConvExtractor | FlattenExtractor) or policy.activation_fn is not nn.ReLU:
+    known = isinstance(extractor, ConvExtractor | NatureCNN | FlattenExtractor)
+    if not known or policy.activation_fn is not nn.ReLU:
         raise ValueError(
-            "dead units can be left out of ReLU networks behind a ConvExtractor or a FlattenExtractor, got "
+            "dead units can be left out of ReLU networks behind a ConvExtractor, NatureCNN or FlattenExtractor, got "
             f"{policy.activation_fn.__name__} behind a {type(extractor).__name__}"
         )
     alive = [(share >= DEAD) | (share == share.max()) for share in _active_shares(dqn, observations)]
     sizes = [int(kept.sum()) for kept in alive]
     kwargs = dict(dqn.policy_kwargs)
-    if isinstance(extractor, ConvExtractor):
-        convolutions = [layer for layer in extractor.cnn if isinstance(layer, nn.Conv2d)]
+    if convolutions := [layer for layer in _layers(dqn.q_net) if isinstance(layer, nn.Conv2d)]:
+        kwargs["features_extractor_class"] = ConvExtractor
         kwargs["features_extractor_kwargs"] = {
             "convolutions": tuple(
                 (size, layer.kernel_size[0], layer.stride[0]) for size, layer in zip(sizes, convolutions, strict=False)
@@ -69,8 +70,10 @@ def without_dead_units(dqn: DQN, observations: Iterable[np.ndarray]) -> DQN:
 
 def _layers(q_net: nn.Module) -> list[nn.Module]:
     """Extractor and head of a `QNetwork`, module by module."""
-    extractor, head = q_net.features_extractor, q_net.q_net
-    return [*(extractor.cnn if isinstance(extractor, ConvExtractor) else [extractor]), *head]  # type: ignore[misc]
+    extractor = q_net.features_extractor
+    if isinstance(extractor, NatureCNN):
+        return [*extractor.cnn, *extractor.linear, *q_net.q_net]  # type: ignore[misc]
+    return [*(extractor.cnn if isinstance(extractor, ConvExtractor) else [extractor]), *q_net.q_net]  # type: ignore[misc]
 
 
 def _active_shares(dqn: DQN, observations: Iterable[np.ndarray]) -> list[Tensor]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from stable_baselines3 import DQN
+from stable_baselines3.common.torch_layers import NatureCNN
 from torch import nn
 
 from snn_rl import without_dead_units
@@ -17,8 +18,10 @@ from snn_rl.dqn import ConvExtractor
 
 
 class Images(gym.Env[np.ndarray, np.int64]):
-    observation_space = spaces.Box(0, 255, (3, 16, 16), np.uint8)
     action_space = spaces.Discrete(4)
+
+    def __init__(self, size: int = 16) -> None:
+        self.observation_space = spaces.Box(0, 255, (3, size, size), np.uint8)
 
     def reset(self, **_: Any) -> tuple[np.ndarray, dict[str, Any]]:  # type: ignore[override]
         return self.observation_space.sample(), {}
@@ -55,8 +58,8 @@ def q_values(model: DQN, obs: np.ndarray, net: str = "q_net") -> torch.Tensor:
         return getattr(model, net)(torch.as_tensor(obs))
 
 
-def images(n: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (n, 3, 16, 16), dtype=np.uint8)
+def images(n: int, seed: int = 0, size: int = 16) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (n, 3, size, size), dtype=np.uint8)
 
 
 def test_channels_and_neurons_go_and_the_q_values_stay() -> None:
@@ -72,6 +75,20 @@ def test_channels_and_neurons_go_and_the_q_values_stay() -> None:
     fresh = images(50, 9)
     for net in ("q_net", "q_net_target"):
         torch.testing.assert_close(q_values(smaller, fresh, net), q_values(model, fresh, net), rtol=1e-5, atol=1e-5)
+
+
+def test_sb3s_nature_cnn_becomes_a_smaller_extractor() -> None:
+    model = dqn(Images(size=36))
+    assert isinstance(model.q_net.features_extractor, NatureCNN)
+    kill(model, 0, list(range(26)))
+    kill(model, 2, [0, 63])
+    kill(model, 3, [5])
+    smaller = without_dead_units(model, [images(50, size=36)])
+    kwargs = smaller.policy.features_extractor_kwargs
+    assert kwargs == {"convolutions": ((6, 8, 4), (64, 4, 2), (62, 3, 1)), "features_dim": 511}
+    assert smaller.policy.net_arch == []
+    fresh = images(20, 9, size=36)
+    torch.testing.assert_close(q_values(smaller, fresh), q_values(model, fresh), rtol=1e-4, atol=1e-4)
 
 
 def test_neurons_of_a_plain_network_go() -> None:
