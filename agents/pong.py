@@ -79,7 +79,7 @@ PONG = dataclasses.replace(
     snn=dataclasses.replace(
         PONG_LITE.snn,
         parent_steps=100_000,
-        distillation_updates=25_000,
+        distillation_updates=50_000,
         env_steps=125_000,
         same_compute=True,
         learning_rate=1e-3,
