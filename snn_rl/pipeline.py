@@ -60,7 +60,7 @@ LOG = logging.getLogger(__name__)
 PROTOCOL = "greedy, one episode per seed, seeds unseen in training and selection"
 CURVE_POINTS = 400
 DISTILLATION_PIECES = 20
-OWN_PLAY = 10_000  # environment steps in which a unit of the ANN has to be active, or is dead
+OWN_PLAY = 10_000  # environment steps, at most, in which a unit of the ANN has to be active, or is dead
 ANN_FILES = "the zip of an SB3 DQN or the policy.safetensors of an ANN"
 
 
@@ -225,7 +225,7 @@ def _own_play(this: Run, stage: Stage, model: DQN) -> Iterator[np.ndarray]:
     env = this.env(stage, this.recipe.num_envs, 0)
     before, model.exploration_rate = model.exploration_rate, this.recipe.snn.exploration_eps
     obs = env.reset()
-    for _ in range(-(-OWN_PLAY // this.recipe.num_envs)):
+    for _ in range(-(-min(OWN_PLAY, this.recipe.snn.parent_steps) // this.recipe.num_envs)):
         assert isinstance(obs, np.ndarray)
         yield obs
         obs, *_ = env.step(model.predict(obs)[0])
