@@ -1,8 +1,8 @@
 """A DQN without its dead units: channels and neurons whose ReLU is zero on all but a few observations.
 
 Q-networks lose many of them in training (Sokar et al. 2023, "The dormant neuron phenomenon in deep reinforcement
-learning"). They change hardly any action, but a network that is converted with them multiplies and trains their weights, in the
-first synapse too, which no saving of spikes makes cheaper.
+learning"). They change hardly any action, but a network that is converted with them multiplies and trains their
+weights, in the first synapse too, which no saving of spikes makes cheaper.
 """
 
 from __future__ import annotations
