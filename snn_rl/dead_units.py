@@ -18,7 +18,7 @@ from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.torch_layers import FlattenExtractor, NatureCNN
 from torch import Tensor, nn
 
-from snn_rl.dqn import ConvExtractor
+from snn_rl.dqn import ConvExtractor, SpikingDQNPolicy
 
 # A unit that fewer of the observations activate. Not 0: the first stacks of an episode lack frames and, as nothing else
 # does, activate some that are dead in all of the play.
@@ -27,28 +27,33 @@ DEAD = 1e-2
 
 @torch.no_grad()
 def without_dead_units(dqn: DQN, observations: Iterable[np.ndarray]) -> DQN:
-    """``dqn`` with fewer units: those that at least `DEAD` of the ``observations``, each (batch, ...), activate.
+    """``dqn`` with fewer units: those that at least `DEAD` of ``observations``, batches as `predict` takes, activate.
 
-    Of a convolution a unit is a channel, active where any of its pixels is. Each layer keeps one unit at least. The
-    weights of the others are those of ``dqn``, so that its Q-values are the same wherever a dead unit is zero. What is
-    returned shares environment, replay and logger with ``dqn``, and has an optimiser of its own.
+    Of a convolution a unit is a channel, active where any of its pixels is. Of a layer in which none is alive the most
+    active one stays. The weights of those that stay are ``dqn``'s, so that the Q-values are the same wherever all
+    others are zero. What is returned shares environment, replay and logger with ``dqn``, and has its own optimiser.
 
     Raises:
-        ValueError: no observation, or a network that is not ReLUs behind a `ConvExtractor`, SB3's ``NatureCNN``, which
-            becomes one, or flattened observations.
+        ValueError: no observation, no DQN or one that spikes, or a network that is not ReLUs behind a `ConvExtractor`,
+            SB3's ``NatureCNN``, which becomes one, or flattened observations.
     """
+    if not isinstance(dqn, DQN):
+        raise ValueError(f"without_dead_units takes a stable_baselines3.DQN, got a {type(dqn).__name__}")
+    if isinstance(dqn.policy, SpikingDQNPolicy):
+        raise ValueError("the agent spikes already; leave dead units out of its ANN, before SpikingDQN.from_ann")
     policy = dqn.policy
     extractor = policy.q_net.features_extractor
-    known = isinstance(extractor, ConvExtractor | NatureCNN | FlattenExtractor)
-    if not known or policy.activation_fn is not nn.ReLU:
+    # exactly these: what a subclass does in its own forward would be lost
+    if type(extractor) not in (ConvExtractor, NatureCNN, FlattenExtractor) or policy.activation_fn is not nn.ReLU:
         raise ValueError(
             "dead units can be left out of ReLU networks behind a ConvExtractor, NatureCNN or FlattenExtractor, got "
-            f"{policy.activation_fn.__name__} behind a {type(extractor).__name__}"
+            f"{policy.activation_fn.__name__} behind a {type(extractor).__name__}; train with one of these"
         )
-    alive = [(share >= DEAD) | (share == share.max()) for share in _active_shares(dqn, observations)]
+    alive = [_alive(share) for share in _active_shares(dqn, observations)]
     sizes = [int(kept.sum()) for kept in alive]
     kwargs = dict(dqn.policy_kwargs)
-    if convolutions := [layer for layer in _layers(dqn.q_net) if isinstance(layer, nn.Conv2d)]:
+    if not isinstance(extractor, FlattenExtractor):
+        convolutions = [layer for layer in _layers(dqn.q_net) if isinstance(layer, nn.Conv2d)]
         kwargs["features_extractor_class"] = ConvExtractor
         kwargs["features_extractor_kwargs"] = {
             "convolutions": tuple(
@@ -68,6 +73,14 @@ def without_dead_units(dqn: DQN, observations: Iterable[np.ndarray]) -> DQN:
     return smaller
 
 
+def _alive(shares: Tensor) -> Tensor:
+    """Which units stay, (units,)."""
+    kept = shares >= DEAD
+    if not kept.any():
+        kept[shares.argmax()] = True
+    return kept
+
+
 def _layers(q_net: nn.Module) -> list[nn.Module]:
     """Extractor and head of a `QNetwork`, module by module."""
     extractor = q_net.features_extractor
@@ -82,9 +95,8 @@ def _active_shares(dqn: DQN, observations: Iterable[np.ndarray]) -> list[Tensor]
     counts: dict[int, Tensor] = {}
     seen = 0
     for batch in observations:
-        x = preprocess_obs(
-            torch.as_tensor(batch, device=dqn.device), dqn.observation_space, dqn.policy.normalize_images
-        )
+        obs, _ = dqn.policy.obs_to_tensor(batch)  # (batch, ...), channels first
+        x = preprocess_obs(obs, dqn.observation_space, dqn.policy.normalize_images)
         assert isinstance(x, Tensor)
         seen += len(x)
         for index, layer in enumerate(layers):

@@ -60,7 +60,6 @@ LOG = logging.getLogger(__name__)
 PROTOCOL = "greedy, one episode per seed, seeds unseen in training and selection"
 CURVE_POINTS = 400
 DISTILLATION_PIECES = 20
-OWN_PLAY = 10_000  # environment steps, at most, in which a unit of the ANN has to be active, or is dead
 ANN_FILES = "the zip of an SB3 DQN or the policy.safetensors of an ANN"
 
 
@@ -154,7 +153,9 @@ def _train_stage(this: Run, stage: Stage) -> None:
         if (folder / BEST).is_file():
             model = load_model(this, algorithm_of(stage), folder / BEST)
     if stage.timesteps is None and this.recipe.ann.drop_dead_units:
-        model = without_dead_units(model, _own_play(this, stage, model))
+        whole, model = model, without_dead_units(model, _own_play(this, stage, model))
+        before, after = (sum(p.numel() for p in m.q_net.parameters()) for m in (whole, model))
+        LOG.info("%s without its dead units: %s of %s weights stay", stage.name, f"{after:,}", f"{before:,}")
     _export(this, stage, model, history)
 
 
@@ -221,16 +222,20 @@ def _begin(this: Run, stage: Stage) -> tuple[DQN, History]:
 
 
 def _own_play(this: Run, stage: Stage, model: DQN) -> Iterator[np.ndarray]:
-    """Observations (n_envs, ...) of an ANN's epsilon-greedy play, as the stage behind it will see it."""
-    env = this.env(stage, this.recipe.num_envs, 0)
-    before, model.exploration_rate = model.exploration_rate, this.recipe.snn.exploration_eps
-    obs = env.reset()
-    for _ in range(-(-min(OWN_PLAY, this.recipe.snn.parent_steps) // this.recipe.num_envs)):
-        assert isinstance(obs, np.ndarray)
-        yield obs
-        obs, *_ = env.step(model.predict(obs)[0])
-    model.exploration_rate = before
-    env.close()
+    """Observations (n_envs, ...) of an ANN's epsilon-greedy play, as many as fill the replay of the stage behind it."""
+    config, n_envs = this.recipe.snn, this.recipe.num_envs
+    exploration = np.random.default_rng(this.first_seed)
+    env = this.env(stage, n_envs, 0)
+    try:
+        obs = env.reset()
+        for _ in range(-(-config.parent_steps // n_envs)):
+            assert isinstance(obs, np.ndarray)
+            yield obs
+            greedy, _ = model.predict(obs, deterministic=True)
+            random = exploration.integers(int(model.action_space.n), size=n_envs)  # type: ignore[attr-defined]
+            obs, *_ = env.step(np.where(exploration.random(n_envs) < config.exploration_eps, random, greedy))
+    finally:
+        env.close()
 
 
 def _distill(this: Run, stage: Stage, model: SpikingDQN, history: History, average: WeightAverage | None) -> None:

@@ -310,6 +310,31 @@ def test_dead_units_are_left_out_at_the_end_of_the_ann_stage(tmp_path: Path) -> 
     assert DQN.load(tmp_path / "run" / "ann" / "model.zip").exploration_rate == dqn.exploration_rate
 
 
+def test_dead_are_units_in_the_same_play_for_the_same_seed(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny()
+    ann, snn = dataclasses.replace(recipe.ann, drop_dead_units=True), dataclasses.replace(recipe.snn, parent_steps=61)
+    recipe = dataclasses.replace(recipe, num_envs=4, ann=ann, snn=snn)
+    plays: list[np.ndarray] = []
+
+    class Seen(Exception):
+        pass
+
+    def see(_: DQN, observations: Any) -> DQN:
+        plays.append(np.stack(list(observations)))
+        raise Seen
+
+    monkeypatch.setattr(pipeline, "without_dead_units", see)
+    for seed, name in ((0, "a"), (0, "b"), (1, "c")):
+        with pytest.raises(Seen):
+            run(recipe, tmp_path / name, seed, device="cpu", ann=finished / "ann" / "policy.safetensors")
+    first, again, other = plays
+    assert first.shape == (16, 4, 4)  # 61 steps of 4 environments, rounded up
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
 def test_an_ann_on_a_stack_teaches_an_agent_on_one_frame(tmp_path: Path) -> None:
     recipe = RECIPES["cartpole-no-velocity"].smoke()
     recipe = dataclasses.replace(recipe, schedule=(2, 1), network=tiny().network)
