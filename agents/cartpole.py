@@ -60,6 +60,7 @@ CARTPOLE_NO_VELOCITY = dataclasses.replace(
         learning_rate=1e-3,
         play_learning_rate=1e-3,
         burn_in=10,
+        parent_eps=0.05,
         exploration_eps=0.05,
     ),
     schedule=(2, 1),

@@ -55,6 +55,7 @@ PONG_LITE = Recipe(
         burn_in=4,
         train_every=32,
         gradient_steps=4,
+        parent_eps=0.05,
         exploration_eps=0.05,
         spike_weight=0.0065,
     ),
@@ -64,12 +65,11 @@ PONG_LITE = Recipe(
     checkpoint_every=10_000,
 )
 
-# Its first synapse, which multiplies in ANN and SNN alike, has a third of the operations: spikes saved elsewhere hardly
-# save energy, and the loss asks for few spikes less strictly than that of pong-lite.
-# A student of four times the pixels learns 30,000 steps of play by heart: its loss is twice as high on steps it has not
-# seen. The fewer its micro-steps, the more updates it takes, and many of them on its own play, at a rate at which it
-# still learns: greedy games without sticky actions are few, and it has to win the very ones that it plays.
-# Most channels of its first layer come to be dead.
+# A student of four times the pixels learns 30,000 steps of play by heart: its loss is twice as high on steps it has
+# not seen. Greedy games without sticky actions are few, soon go over into one rally that is won again and again, and
+# are decided in their first rally: half of the training's environments play no more than that, and all of them
+# explore little in a student's own play, at a rate at which it still learns.
+# Most channels of the ANN's first layer come to be dead.
 PONG = dataclasses.replace(
     PONG_LITE,
     name="pong",
@@ -79,14 +79,15 @@ PONG = dataclasses.replace(
     snn=dataclasses.replace(
         PONG_LITE.snn,
         parent_steps=100_000,
-        distillation_updates=50_000,
-        env_steps=125_000,
-        same_compute=True,
+        env_steps=60_000,
         learning_rate=1e-3,
         play_learning_rate=5e-4,
-        buffer_size=250_000,
-        spike_weight=0.002,
+        buffer_size=200_000,
+        exploration_eps=0.01,
+        restart_every=300,
+        spike_weight=0.004,
     ),
+    validate_every=20_000,
 )
 
 # What moves, and where to, is to be had from the membranes alone. The ANN of pong-lite, which sees four frames, teaches
@@ -105,6 +106,7 @@ PONG_SINGLE_FRAME = dataclasses.replace(
         average_updates=0,
         env_steps=50_000,
         same_compute=True,
+        parent_eps=0.01,
         exploration_eps=0.01,
         learning_rate=1e-3,
         burn_in=6,

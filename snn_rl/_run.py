@@ -19,6 +19,7 @@ from snn_rl.dqn import SpikingDQN
 from snn_rl.dqn.teacher import StackedTeacher
 from snn_rl.files import atomic, read_json, write_json
 from snn_rl.recipe import SEEDS_PER_RUN, Recipe
+from snn_rl.restarts import RestartingVecEnv
 from snn_rl.stages import BEST, Stage
 
 AVERAGE = "checkpoint.average.safetensors"
@@ -36,6 +37,14 @@ class Run:
 
     def env(self, stage: Stage, num_envs: int, seeds_from: int) -> VecEnv:
         return self.recipe.build_env(num_envs, seeds_from + self.first_seed, **self.env_kwargs(stage))
+
+    def training_env(self, stage: Stage) -> VecEnv:
+        """Of a stage's training: all of its environments, of which half may start anew every so often."""
+        n_envs, every = self.recipe.num_envs, self.recipe.snn.restart_every
+        if stage.timesteps is None or not every:
+            return self.env(stage, n_envs, 0)
+        half = n_envs // 2
+        return RestartingVecEnv(self.env(stage, n_envs - half, 0), self.env(stage, half, n_envs - half), every)
 
     @property
     def first_seed(self) -> int:
@@ -128,7 +137,7 @@ def resume(this: Run, stage: Stage) -> tuple[DQN, History] | None:
     folder = this.directory / stage.name
     if not (folder / "checkpoint.zip").is_file():
         return None
-    env = this.env(stage, this.recipe.num_envs, 0)
+    env = this.training_env(stage)
     model = load_model(this, algorithm_of(stage), folder / "checkpoint.zip", env)
     try:
         with (folder / "checkpoint.replay.pkl").open("rb") as file:  # SB3 leaves it open where it is damaged

@@ -162,7 +162,7 @@ def _train_stage(this: Run, stage: Stage) -> None:
 def _begin(this: Run, stage: Stage) -> tuple[DQN, History]:
     """A stage's algorithm before its first step of learning on its own play."""
     remove_leftovers(this.directory / stage.name)
-    env = this.env(stage, this.recipe.num_envs, 0)
+    env = this.training_env(stage)
     if stage.timesteps is None:
         return new_ann(this, env), History()
     started = time.monotonic()
@@ -190,7 +190,7 @@ def _begin(this: Run, stage: Stage) -> tuple[DQN, History]:
         "seed": this.first_seed,
         "device": this.device,
     }
-    ann.exploration_rate = config.exploration_eps
+    ann.exploration_rate = config.parent_eps
     teacher = this.teacher(ann, env)
     if stage.parent == "ann":
         parent: DQN | StackedTeacher = teacher
@@ -209,7 +209,7 @@ def _begin(this: Run, stage: Stage) -> tuple[DQN, History]:
         assert stage.parent is not None
         parent = spiking = load_model(this, SpikingDQN, this.directory / stage.parent / "model.zip")
         assert isinstance(spiking, SpikingDQN)
-        spiking.exploration_rate = config.exploration_eps
+        spiking.exploration_rate = config.parent_eps
         model = SpikingDQN.from_parent(spiking, env, stage.timesteps, **kwargs)
     model.teacher = teacher
     model.set_logger(configure(str(this.directory / stage.name), []))
@@ -233,7 +233,7 @@ def _own_play(this: Run, stage: Stage, model: DQN) -> Iterator[np.ndarray]:
             yield obs
             greedy, _ = model.predict(obs, deterministic=True)
             random = exploration.integers(int(model.action_space.n), size=n_envs)  # type: ignore[attr-defined]
-            obs, *_ = env.step(np.where(exploration.random(n_envs) < config.exploration_eps, random, greedy))
+            obs, *_ = env.step(np.where(exploration.random(n_envs) < config.parent_eps, random, greedy))
     finally:
         env.close()
 

@@ -61,6 +61,7 @@ class SnnConfig:
     leak_reset: bool = False
     persistent: bool = True
     parent_steps: int = 10_000  # of the parent's play that fill the replay first
+    parent_eps: float = 0.04  # exploration in that play, which shows what mistakes lead to
     distillation_updates: int = 300  # on it, before the stage plays itself
     env_steps: int = 20_000  # of its own play, at most
     same_compute: bool = False  # these two are of T = 1; a stage at T has a T-th of them, which takes as long
@@ -77,7 +78,8 @@ class SnnConfig:
     gradient_steps: int = 4
     n_steps: int = 3
     target_update_every: int = 500
-    exploration_eps: float = 0.04
+    exploration_eps: float = 0.04  # in own play
+    restart_every: int = 0  # steps after which half of the training environments start anew; 0: none of them does
     td_weight: float = 0.0
     distillation_weight: float = 1.0
     distillation_temperature: float = 0.5
@@ -177,6 +179,8 @@ class Recipe:
             )
         if max(self.num_envs, self.validation_episodes, self.eval_episodes) > SEEDS_PER_RUN:
             raise ValueError(f"num_envs and the numbers of episodes must be <= {SEEDS_PER_RUN}")
+        if snn.restart_every and self.num_envs < 2:
+            raise ValueError(f"num_envs must be >= 2, of which snn.restart_every restarts half, got {self.num_envs}")
         for config in (self.ann, self.snn):
             if config.train_every % self.num_envs:
                 raise ValueError(
@@ -275,8 +279,15 @@ def check_numbers(
                 raise ValueError(f"{prefix}{name} must lie in [0, 1], got {value}")
 
 
-FRACTIONS = {"leak", "gamma", "exploration_eps"}
-MAY_BE_ZERO = {"learning_starts", "burn_in", "distillation_updates", "average_steps", "average_updates"}
+FRACTIONS = {"leak", "gamma", "exploration_eps", "parent_eps"}
+MAY_BE_ZERO = {
+    "learning_starts",
+    "burn_in",
+    "distillation_updates",
+    "average_steps",
+    "average_updates",
+    "restart_every",
+}
 
 
 def _no_env(*_: Any, **__: Any) -> VecEnv:

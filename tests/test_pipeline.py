@@ -335,6 +335,23 @@ def test_dead_are_units_in_the_same_play_for_the_same_seed(
     assert not np.array_equal(first, other)
 
 
+def test_a_parent_explores_at_a_rate_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from snn_rl import SpikingDQN
+
+    collect, rates = SpikingDQN.collect, []
+
+    def seen(self: SpikingDQN, actor: Any, steps: int) -> None:
+        rates.append(actor.exploration_rate)
+        collect(self, actor, steps)
+
+    monkeypatch.setattr(SpikingDQN, "collect", seen)
+    snn = dataclasses.replace(tiny().snn, parent_eps=0.3, exploration_eps=0.1)
+    run(tiny(snn=snn), tmp_path, 0, device="cpu")
+    assert rates == [0.3, 0.3]
+    for stage in ("T2", "T1"):
+        assert SpikingDQN.load(tmp_path / stage / "model.zip", device="cpu").exploration_rate == 0.1
+
+
 def test_an_ann_on_a_stack_teaches_an_agent_on_one_frame(tmp_path: Path) -> None:
     recipe = RECIPES["cartpole-no-velocity"].smoke()
     recipe = dataclasses.replace(recipe, schedule=(2, 1), network=tiny().network)

@@ -1,0 +1,165 @@
+"""Environments of which half start anew every so often."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium import spaces
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor, VecNormalize
+
+from agents import RECIPES
+from snn_rl import SpikingDQN
+from snn_rl._run import Run
+from snn_rl.dqn.replay import frame_stack_of
+from snn_rl.pipeline import run
+from snn_rl.restarts import RestartingVecEnv
+from snn_rl.stages import Stage
+
+
+class Clock(gym.Env[np.ndarray, np.int64]):
+    """Shows its seed and how many steps its episode has had; a reward of 1 each, and an end after ``length``."""
+
+    observation_space = spaces.Box(-1, 1e4, (2,), np.float32)
+    action_space = spaces.Discrete(3)
+
+    def __init__(self, length: int) -> None:
+        self.length, self.seed = length, -1
+
+    def reset(self, *, seed: int | None = None, **_: Any) -> tuple[np.ndarray, dict[str, Any]]:  # type: ignore[override]
+        self.seed = self.seed if seed is None else seed
+        self.at = 0
+        return np.array([self.seed, 0], dtype=np.float32), {}
+
+    def step(self, action: np.int64) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.at += 1
+        obs = np.array([self.seed, self.at], dtype=np.float32)
+        return obs, 1.0, self.at == self.length, False, {"action": int(action)}
+
+
+def clocks(n: int, length: int = 7) -> VecEnv:
+    return VecMonitor(DummyVecEnv([lambda: Clock(length)] * n))
+
+
+def test_the_second_half_starts_anew_and_the_first_plays_to_its_end() -> None:
+    env = RestartingVecEnv(clocks(2), clocks(1), every=3)
+    env.seed(10)
+    assert env.num_envs == 3
+    np.testing.assert_array_equal(env.reset(), [[10, 0], [11, 0], [12, 0]])
+    seen = []
+    for t in range(1, 10):
+        obs, rewards, dones, infos = env.step(np.array([0, 1, 2]))
+        assert isinstance(obs, np.ndarray)
+        assert [info["action"] for info in infos] == [0, 1, 2]
+        np.testing.assert_array_equal(rewards, np.ones(3))
+        for i, info in enumerate(infos):
+            assert dones[i] == ("terminal_observation" in info)
+        if t == 3:
+            np.testing.assert_array_equal(infos[2]["terminal_observation"], [12, 3])
+            assert infos[2]["TimeLimit.truncated"] is True
+            assert "episode" not in infos[2]  # of which the monitor would say that it had 3 steps
+        if t == 7:
+            assert infos[0]["episode"]["l"] == infos[1]["episode"]["l"] == 7
+            assert infos[0]["TimeLimit.truncated"] is False
+        seen.append((obs[:, 1].astype(int).tolist(), dones.tolist()))
+    whole, restarting = [False] * 2, [False]
+    assert seen == [
+        ([1, 1, 1], whole + restarting),
+        ([2, 2, 2], whole + restarting),
+        ([3, 3, 0], [False, False, True]),
+        ([4, 4, 1], whole + restarting),
+        ([5, 5, 2], whole + restarting),
+        ([6, 6, 0], [False, False, True]),
+        ([0, 0, 1], [True, True, False]),
+        ([1, 1, 2], whole + restarting),
+        ([2, 2, 0], [False, False, True]),
+    ]
+
+
+def test_an_episode_that_ends_where_it_would_be_cut_has_ended() -> None:
+    env = RestartingVecEnv(clocks(1, length=4), clocks(1, length=4), every=4)
+    env.reset()
+    for _ in range(4):
+        obs, _, dones, infos = env.step(np.zeros(2, dtype=int))
+    assert isinstance(obs, np.ndarray)
+    assert dones.all()
+    np.testing.assert_array_equal(obs[:, 1], [0, 0])
+    for info in infos:
+        assert info["TimeLimit.truncated"] is False
+        assert info["episode"]["l"] == 4
+        assert info["terminal_observation"][1] == 4
+
+
+def test_a_reset_begins_the_count_again() -> None:
+    env = RestartingVecEnv(clocks(1), clocks(1), every=3)
+    env.reset()
+    env.step(np.zeros(2, dtype=int))
+    env.step(np.zeros(2, dtype=int))
+    env.reset()
+    assert [env.step(np.zeros(2, dtype=int))[2].any() for _ in range(3)] == [False, False, True]
+
+
+def test_attributes_and_methods_are_those_of_the_copies() -> None:
+    env = RestartingVecEnv(clocks(2, length=5), clocks(1, length=9), every=3)
+    assert env.get_attr("length") == [5, 5, 9]
+    assert env.get_attr("length", [2, 0]) == [9, 5]
+    env.set_attr("length", 6, [2])
+    assert env.get_attr("length") == [5, 5, 6]
+    assert len(env.env_method("reset", indices=[1, 2])) == 2
+    assert env.env_is_wrapped(gym.wrappers.TimeLimit) == [False] * 3
+    stacked = RECIPES["pong-lite"]
+    pong = RestartingVecEnv(stacked.build_env(1, 0), stacked.build_env(1, 1), 3)
+    assert frame_stack_of(pong) == 4
+    pong.close()
+
+
+def other() -> VecEnv:
+    return RECIPES["cartpole"].build_env(1, 0)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: RestartingVecEnv(clocks(1), clocks(1), 0), "every must be >= 1, got 0"),
+        (lambda: RestartingVecEnv(clocks(1), other(), 3), "both must have one observation_space"),
+        (lambda: RestartingVecEnv(VecNormalize(clocks(1)), clocks(1), 3), "must not be normalized"),
+    ],
+)
+def test_what_is_refused(build: Callable[[], VecEnv], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_the_replay_keeps_the_starts_and_what_a_cut_episode_saw_last() -> None:
+    env = RestartingVecEnv(clocks(1, length=1000), clocks(1, length=1000), every=5)
+    agent = SpikingDQN("MlpPolicy", env, buffer_size=200, learning_starts=100, train_freq=1, seed=3, device="cpu")
+    agent.learn(40)
+    replay = agent.replay_buffer
+    assert replay is not None
+    assert replay.episode_start.sum(1).tolist() == [1, 4]
+    assert not replay.terminated.any()
+    # five steps are six frames, the last of which bootstraps and is acted on in none
+    assert replay.frames[1, :12, 1].astype(int).tolist() == [*range(6), *range(6)]
+    assert replay.acted[1, :12].tolist() == ([True] * 5 + [False]) * 2
+
+
+def test_only_the_training_of_spiking_stages_restarts(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(RECIPES["cartpole"].smoke(), num_envs=4, schedule=(2, 1))
+    recipe = dataclasses.replace(recipe, snn=dataclasses.replace(recipe.snn, restart_every=5))
+    this = Run(recipe, tmp_path, 1, "cpu")
+    env = this.training_env(Stage(2, "ann"))
+    assert isinstance(env, RestartingVecEnv)
+    assert ([part.num_envs for part in env.parts], env.every) == ([2, 2], 5)
+    np.testing.assert_array_equal(env.reset(), this.env(Stage(2, "ann"), 4, 0).reset())  # by the same seeds
+    assert not isinstance(this.training_env(Stage(None, None)), RestartingVecEnv)
+    results = run(recipe, tmp_path, 1, device="cpu")
+    assert [stage["stage"] for stage in results["stages"]] == ["ann", "T2", "T1"]
+    # whole episodes: no CartPole falls within five steps
+    assert min(min(stage["eval"]["returns"]) for stage in results["stages"]) > 5
+    with pytest.raises(ValueError, match=r"num_envs must be >= 2, of which snn\.restart_every restarts half, got 1"):
+        dataclasses.replace(recipe, num_envs=1)
