@@ -43,11 +43,12 @@ def publish(
     for stage in results["stages"]:
         trained = load_policy(run_dir / stage["stage"] / "policy.safetensors")
         path = into / f"{stage['stage']}.safetensors"
-        evaluation = play(trained)
-        halved = _fits_half(trained) and play(_write(trained, path, half=True)).returns == evaluation.returns
-        if halved:
-            evaluation = play(load_policy(path))
-        else:
+        evaluation, precision = play(trained), "single"
+        if _fits_half(trained):
+            halved = play(_write(trained, path, half=True))
+            if halved.returns == evaluation.returns:
+                evaluation, precision = halved, "half"
+        if precision == "single":
             _write(trained, path, half=False)
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"{path} has {path.stat().st_size:,} bytes; a file to ship has {MAX_BYTES:,} at most")
@@ -55,7 +56,7 @@ def publish(
             {
                 "stage": stage["stage"],
                 "timesteps": stage["timesteps"],
-                "precision": "half" if halved else "single",
+                "precision": precision,
                 "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
                 "eval": evaluation.as_dict(protocol),
                 **measurements(evaluation.activity),
