@@ -115,7 +115,7 @@ def _section(results: Mapping[str, Any]) -> list[str]:
             f"{stage['spike_rate']['mean']:.3f}" if spiking else "-",
             f"{stage['energy']['ann_over_snn']:.2f}" if spiking else "-",
             stage["precision"],
-            f"{stage['wall_seconds'] / 60:.1f}",
+            f"{stage['wall_seconds'] / 60:.1f}" if stage["wall_seconds"] else "-",  # an ANN that was given, not trained
             f"`{stage['sha256'][:16]}`",
         ]
         lines.append("| " + " | ".join(cells) + " |")

@@ -95,6 +95,15 @@ def test_a_run_that_has_not_finished_is_not_shipped(finished: Path, tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
+def test_minutes_are_listed_of_stages_that_were_trained(finished: Path, tmp_path: Path) -> None:
+    published = publish.publish(finished, tmp_path / "a", lambda _: Evaluation([1.0], [1], None), "-", "-")
+    for seconds, listed in ((90.0, "1.5"), (0.0, "-")):  # the latter of an ANN that was given
+        published["stages"][0]["wall_seconds"] = seconds
+        (tmp_path / "a" / "results.json").write_text(json.dumps(published))
+        row = next(row for row in publish.table_of_contents(tmp_path).read_text().splitlines() if "[ann]" in row)
+        assert row.split(" | ")[6] == listed
+
+
 def test_what_cannot_be_shipped_is_named(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
