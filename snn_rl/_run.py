@@ -39,9 +39,13 @@ class Run:
         return self.recipe.build_env(num_envs, seeds_from + self.first_seed, **self.env_kwargs(stage))
 
     def training_env(self, stage: Stage) -> VecEnv:
-        """Of a stage's training: all of its environments, of which half may start anew every so often."""
+        """Of a stage's training: all of its environments."""
+        return self.env(stage, self.recipe.num_envs, 0) if stage.timesteps is None else self.student_env(stage)
+
+    def student_env(self, stage: Stage) -> VecEnv:
+        """What spiking stages are trained in, half of it starting anew every so often, as ``stage`` sees it."""
         n_envs, every = self.recipe.num_envs, self.recipe.snn.restart_every
-        if stage.timesteps is None or not every:
+        if not every:
             return self.env(stage, n_envs, 0)
         half = n_envs // 2
         return RestartingVecEnv(self.env(stage, n_envs - half, 0), self.env(stage, half, n_envs - half), every)

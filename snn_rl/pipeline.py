@@ -222,10 +222,10 @@ def _begin(this: Run, stage: Stage) -> tuple[DQN, History]:
 
 
 def _own_play(this: Run, stage: Stage, model: DQN) -> Iterator[np.ndarray]:
-    """Observations (n_envs, ...) of an ANN's epsilon-greedy play, as many as fill the replay of the stage behind it."""
+    """Observations (n_envs, ...) of an ANN's epsilon-greedy play, such as fills the replay of the stage behind it."""
     config, n_envs = this.recipe.snn, this.recipe.num_envs
     exploration = np.random.default_rng(this.first_seed)
-    env = this.env(stage, n_envs, 0)
+    env = this.student_env(stage)
     try:
         obs = env.reset()
         for _ in range(-(-config.parent_steps // n_envs)):

@@ -43,13 +43,13 @@ def publish(
     for stage in results["stages"]:
         trained = load_policy(run_dir / stage["stage"] / "policy.safetensors")
         path = into / f"{stage['stage']}.safetensors"
-        evaluation, precision = play(trained), "single"
+        evaluation, precision = play(_write(trained, path, half=False)), "single"
         if _fits_half(trained):
             halved = play(_write(trained, path, half=True))
             if halved.returns == evaluation.returns:
                 evaluation, precision = halved, "half"
-        if precision == "single":
-            _write(trained, path, half=False)
+            else:
+                _write(trained, path, half=False)
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"{path} has {path.stat().st_size:,} bytes; a file to ship has {MAX_BYTES:,} at most")
         shipped.append(

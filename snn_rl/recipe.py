@@ -225,7 +225,14 @@ class Recipe:
         """The same stages with budgets of seconds: every line runs, nothing is learnt."""
         replace = dataclasses.replace
         ann = replace(self.ann, env_steps=1_024, learning_starts=256, buffer_size=2_000, exploration_steps=256)
-        snn = replace(self.snn, parent_steps=256, distillation_updates=4, env_steps=256, buffer_size=2_000)
+        snn = replace(
+            self.snn,
+            parent_steps=256,
+            distillation_updates=4,
+            env_steps=256,
+            buffer_size=2_000,
+            restart_every=min(self.snn.restart_every, 8),
+        )
         return replace(
             self,
             ann=ann,

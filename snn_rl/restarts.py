@@ -17,8 +17,9 @@ class RestartingVecEnv(VecEnv):
     """``whole`` and ``restarting`` as one ``VecEnv``, copies in this order; the second is reset every ``every`` steps.
 
     In a deterministic game greedy episodes differ by their starts alone and soon all go the same way, so that a student
-    of them learns most of what decides them from their first steps. Episodes that a reset cuts are reported as
-    truncated; a monitor inside does not count them.
+    of them learns most of what decides them from their first steps. A cut is a time limit that is bootstrapped over
+    (Pardo et al. 2018, partial episodes): it is reported as a truncation. All copies are cut at once, however long
+    their episodes are by then. What a monitor says of the second's episodes is left out: only the short ones end.
 
     Raises:
         ValueError: ``every`` below 1, spaces that differ, or a ``VecNormalize`` inside, of which there would be two.
@@ -30,9 +31,11 @@ class RestartingVecEnv(VecEnv):
         for name in ("observation_space", "action_space"):
             ours, theirs = getattr(whole, name), getattr(restarting, name)
             if ours != theirs:
-                raise ValueError(f"both must have one {name}, got {ours} and {theirs}")
+                raise ValueError(f"both must have the same {name}, got {ours} and {theirs}; build them alike")
         if unwrap_vec_normalize(whole) is not None or unwrap_vec_normalize(restarting) is not None:
-            raise ValueError("environments inside must not be normalized; wrap the RestartingVecEnv in a VecNormalize")
+            raise ValueError(
+                "environments inside must not be normalized; leave VecNormalize out of make_env or do not restart"
+            )
         self.parts = (whole, restarting)
         self.every = every
         self.frame_stack = frame_stack_of(whole)
@@ -44,11 +47,15 @@ class RestartingVecEnv(VecEnv):
         second = None if seed is None else seed + whole.num_envs
         return [*whole.seed(seed), *restarting.seed(second)]
 
+    def set_options(self, options: list[dict[str, Any]] | dict[str, Any] | None = None) -> None:
+        super().set_options(options)
+        whole, restarting = self.parts
+        whole.set_options(self._options[: whole.num_envs])
+        restarting.set_options(self._options[whole.num_envs :])
+
     def reset(self) -> np.ndarray:
         self._steps = 0
-        observations = [part.reset() for part in self.parts]
-        self.reset_infos = [info for part in self.parts for info in part.reset_infos]
-        return np.concatenate(observations)  # type: ignore[arg-type]  # (num_envs, ...)
+        return np.concatenate([part.reset() for part in self.parts])  # (num_envs, ...)
 
     def step_async(self, actions: np.ndarray) -> None:
         whole, restarting = self.parts
@@ -57,12 +64,14 @@ class RestartingVecEnv(VecEnv):
 
     def step_wait(self) -> VecEnvStepReturn:
         first, (obs, rewards, dones, infos) = (part.step_wait() for part in self.parts)
+        for info in infos:
+            info.pop("episode", None)
         self._steps += 1
         if self._steps == self.every:
             assert isinstance(obs, np.ndarray)
             last, obs = obs.copy(), self.parts[1].reset()  # a reset may write into the array that a step gave out
             for i in np.flatnonzero(~dones):
-                infos[i] |= {"terminal_observation": last[i], "TimeLimit.truncated": True}
+                infos[i].update({"terminal_observation": last[i], "TimeLimit.truncated": True})
             dones = np.ones_like(dones)
             self._steps = 0
         obs_whole, rewards_whole, dones_whole, infos_whole = first
@@ -94,5 +103,5 @@ class RestartingVecEnv(VecEnv):
         return [part.env_is_wrapped(wrapper_class, [i])[0] for part, i in self._copies(indices)]
 
     def _copies(self, indices: VecEnvIndices) -> list[tuple[VecEnv, int]]:
-        every = [(part, i) for part in self.parts for i in range(part.num_envs)]
-        return [every[i] for i in self._get_indices(indices)]
+        copies = [(part, i) for part in self.parts for i in range(part.num_envs)]
+        return [copies[i] for i in self._get_indices(indices)]

@@ -326,13 +326,28 @@ def test_dead_are_units_in_the_same_play_for_the_same_seed(
         raise Seen
 
     monkeypatch.setattr(pipeline, "without_dead_units", see)
-    for seed, name in ((0, "a"), (0, "b"), (1, "c")):
+    changed = {
+        "first": (0, {}),
+        "again": (0, {}),
+        "seed": (1, {}),
+        "greedy": (0, {"parent_eps": 0.0}),
+        "restarts": (0, {"restart_every": 5}),
+    }
+    for name, (seed, fields) in changed.items():
+        this = dataclasses.replace(recipe, snn=dataclasses.replace(snn, **{"parent_eps": 0.5, **fields}))
         with pytest.raises(Seen):
-            run(recipe, tmp_path / name, seed, device="cpu", ann=finished / "ann" / "policy.safetensors")
-    first, again, other = plays
+            run(this, tmp_path / name, seed, device="cpu", ann=finished / "ann" / "policy.safetensors")
+    first, again, other, greedy, restarts = plays
     assert first.shape == (16, 4, 4)  # 61 steps of 4 environments, rounded up
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
+    # from the same starts, by other actions
+    np.testing.assert_array_equal(first[0], greedy[0])
+    assert not np.array_equal(first, greedy)
+    # as a student will see it: half of the environments have fallen back to a start (within 0.05 of upright)
+    np.testing.assert_array_equal(first[:5], restarts[:5])
+    assert (abs(restarts[5::5, 2:]) <= 0.05).all()
+    assert (abs(first[5, 2:]) > 0.05).any(axis=1).all()
 
 
 def test_a_parent_explores_at_a_rate_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium import spaces
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor, VecNormalize
+from stable_baselines3 import DQN
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecMonitor, VecNormalize
 
 from agents import RECIPES
 from snn_rl import SpikingDQN
@@ -31,15 +32,20 @@ class Clock(gym.Env[np.ndarray, np.int64]):
     def __init__(self, length: int) -> None:
         self.length, self.seed = length, -1
 
-    def reset(self, *, seed: int | None = None, **_: Any) -> tuple[np.ndarray, dict[str, Any]]:  # type: ignore[override]
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
         self.seed = self.seed if seed is None else seed
-        self.at = 0
+        self.at, self.options = 0, options
         return np.array([self.seed, 0], dtype=np.float32), {}
 
     def step(self, action: np.int64) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         self.at += 1
         obs = np.array([self.seed, self.at], dtype=np.float32)
         return obs, 1.0, self.at == self.length, False, {"action": int(action)}
+
+    def ends_after(self, steps: int) -> bool:
+        return self.at + steps >= self.length
 
 
 def clocks(n: int, length: int = 7) -> VecEnv:
@@ -62,7 +68,6 @@ def test_the_second_half_starts_anew_and_the_first_plays_to_its_end() -> None:
         if t == 3:
             np.testing.assert_array_equal(infos[2]["terminal_observation"], [12, 3])
             assert infos[2]["TimeLimit.truncated"] is True
-            assert "episode" not in infos[2]  # of which the monitor would say that it had 3 steps
         if t == 7:
             assert infos[0]["episode"]["l"] == infos[1]["episode"]["l"] == 7
             assert infos[0]["TimeLimit.truncated"] is False
@@ -91,8 +96,52 @@ def test_an_episode_that_ends_where_it_would_be_cut_has_ended() -> None:
     np.testing.assert_array_equal(obs[:, 1], [0, 0])
     for info in infos:
         assert info["TimeLimit.truncated"] is False
-        assert info["episode"]["l"] == 4
         assert info["terminal_observation"][1] == 4
+
+
+def test_a_log_has_whole_episodes_alone() -> None:
+    env = RestartingVecEnv(clocks(1, length=3), clocks(2, length=3), every=4)
+    env.reset()
+    steps = [env.step(np.zeros(3, dtype=int)) for _ in range(8)]
+    assert [dones.tolist() for _, _, dones, _ in steps[2:4]] == [[True, True, True], [False, True, True]]
+    logged = [(t, i) for t, (*_, infos) in enumerate(steps, 1) for i in range(3) if "episode" in infos[i]]
+    assert logged == [(3, 0), (6, 0)]
+
+
+def test_the_parts_may_run_in_processes_of_their_own() -> None:
+    def part() -> VecEnv:  # which hands out its infos as a tuple
+        return SubprocVecEnv([lambda: Clock(7)], start_method="fork")
+
+    env = RestartingVecEnv(part(), part(), every=2)
+    env.reset()
+    env.step(np.zeros(2, dtype=int))
+    obs, _, dones, infos = env.step(np.zeros(2, dtype=int))
+    assert isinstance(obs, np.ndarray)
+    assert (obs[:, 1].tolist(), dones.tolist()) == ([2, 0], [False, True])
+    assert infos[1]["TimeLimit.truncated"] is True
+    env.close()
+
+
+def test_a_cut_game_goes_on_from_a_new_start_with_an_empty_stack() -> None:
+    recipe = RECIPES["pong-lite"]
+    env = RestartingVecEnv(recipe.build_env(1, 0), recipe.build_env(1, 1), every=30)
+    whole, uncut = recipe.build_env(1, 0), recipe.build_env(1, 1)
+    for vec_env in (env, whole, uncut):
+        vec_env.reset()
+    for t in range(1, 61):
+        action = np.array([t % 6])
+        obs, _, dones, infos = env.step(np.repeat(action, 2))
+        assert isinstance(obs, np.ndarray)
+        np.testing.assert_array_equal(obs[0], np.asarray(whole.step(action)[0])[0])
+        assert dones.tolist() == [False, t % 30 == 0]
+        if t <= 30:
+            expected = np.asarray(uncut.step(action)[0])[0]
+            np.testing.assert_array_equal(infos[1]["terminal_observation"] if t == 30 else obs[1], expected)
+        if t == 30:
+            assert not obs[1, :-1].any()
+            assert obs[1, -1].any()
+    for vec_env in (env, whole, uncut):
+        vec_env.close()
 
 
 def test_a_reset_begins_the_count_again() -> None:
@@ -110,8 +159,14 @@ def test_attributes_and_methods_are_those_of_the_copies() -> None:
     assert env.get_attr("length", [2, 0]) == [9, 5]
     env.set_attr("length", 6, [2])
     assert env.get_attr("length") == [5, 5, 6]
-    assert len(env.env_method("reset", indices=[1, 2])) == 2
-    assert env.env_is_wrapped(gym.wrappers.TimeLimit) == [False] * 3
+    env.reset()
+    assert env.env_method("ends_after", 6) == [True, True, True]
+    assert env.env_method("ends_after", 5, indices=[2, 0]) == [False, True]
+    env.set_options([{"level": i} for i in range(3)])
+    env.reset()
+    assert env.get_attr("options") == [{"level": 0}, {"level": 1}, {"level": 2}]
+    limited = DummyVecEnv([lambda: gym.wrappers.TimeLimit(Clock(9), 4)])
+    assert RestartingVecEnv(clocks(2), limited, 3).env_is_wrapped(gym.wrappers.TimeLimit) == [False, False, True]
     stacked = RECIPES["pong-lite"]
     pong = RestartingVecEnv(stacked.build_env(1, 0), stacked.build_env(1, 1), 3)
     assert frame_stack_of(pong) == 4
@@ -126,7 +181,7 @@ def other() -> VecEnv:
     ("build", "message"),
     [
         (lambda: RestartingVecEnv(clocks(1), clocks(1), 0), "every must be >= 1, got 0"),
-        (lambda: RestartingVecEnv(clocks(1), other(), 3), "both must have one observation_space"),
+        (lambda: RestartingVecEnv(clocks(1), other(), 3), "both must have the same observation_space"),
         (lambda: RestartingVecEnv(VecNormalize(clocks(1)), clocks(1), 3), "must not be normalized"),
     ],
 )
@@ -148,7 +203,7 @@ def test_the_replay_keeps_the_starts_and_what_a_cut_episode_saw_last() -> None:
     assert replay.acted[1, :12].tolist() == ([True] * 5 + [False]) * 2
 
 
-def test_only_the_training_of_spiking_stages_restarts(tmp_path: Path) -> None:
+def test_only_the_training_of_spiking_stages_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = dataclasses.replace(RECIPES["cartpole"].smoke(), num_envs=4, schedule=(2, 1))
     recipe = dataclasses.replace(recipe, snn=dataclasses.replace(recipe.snn, restart_every=5))
     this = Run(recipe, tmp_path, 1, "cpu")
@@ -157,8 +212,34 @@ def test_only_the_training_of_spiking_stages_restarts(tmp_path: Path) -> None:
     assert ([part.num_envs for part in env.parts], env.every) == ([2, 2], 5)
     np.testing.assert_array_equal(env.reset(), this.env(Stage(2, "ann"), 4, 0).reset())  # by the same seeds
     assert not isinstance(this.training_env(Stage(None, None)), RestartingVecEnv)
-    results = run(recipe, tmp_path, 1, device="cpu")
-    assert [stage["stage"] for stage in results["stages"]] == ["ann", "T2", "T1"]
+
+    class Killed(Exception):
+        pass
+
+    seen: list[tuple[str, bool]] = []
+
+    def see(algorithm: type[DQN], name: str, *, kill: bool) -> None:
+        method = getattr(algorithm, name)
+
+        def wrapped(self: DQN, *args: Any, **kwargs: Any) -> Any:
+            seen.append((f"{type(self).__name__}.{name}", isinstance(self.env, RestartingVecEnv)))
+            if kill:
+                raise Killed
+            return method(self, *args, **kwargs)
+
+        monkeypatch.setattr(algorithm, name, wrapped)
+
+    see(SpikingDQN, "collect", kill=False)
+    see(SpikingDQN, "learn", kill=True)
+    with pytest.raises(Killed):
+        run(recipe, tmp_path, 1, device="cpu")
+    assert seen == [("SpikingDQN.collect", True), ("SpikingDQN.learn", True)]
+    monkeypatch.undo()
+    seen.clear()
+    see(SpikingDQN, "collect", kill=False)
+    see(SpikingDQN, "learn", kill=False)
+    results = run(recipe, tmp_path, 1, device="cpu")  # goes on from the checkpoint after T2's distillation
+    assert seen == [("SpikingDQN.learn", True), ("SpikingDQN.collect", True), ("SpikingDQN.learn", True)]
     # whole episodes: no CartPole falls within five steps
     assert min(min(stage["eval"]["returns"]) for stage in results["stages"]) > 5
     with pytest.raises(ValueError, match=r"num_envs must be >= 2, of which snn\.restart_every restarts half, got 1"):
