@@ -67,8 +67,8 @@ PONG_LITE = Recipe(
 
 # A student of four times the pixels learns 30,000 steps of play by heart: its loss is twice as high on steps it has
 # not seen. Greedy games without sticky actions are few, soon go over into one rally that is won again and again, and
-# are decided in their first rally: half of the training's environments play no more than that, and all of them
-# explore little in a student's own play, at a rate at which it still learns.
+# are decided in their first rally: half of the training's environments play no more than two or three of them, and all
+# of them explore little in a student's own play, at a rate at which it still learns.
 # Most channels of the ANN's first layer come to be dead.
 PONG = dataclasses.replace(
     PONG_LITE,
@@ -79,7 +79,8 @@ PONG = dataclasses.replace(
     snn=dataclasses.replace(
         PONG_LITE.snn,
         parent_steps=100_000,
-        env_steps=60_000,
+        distillation_updates=20_000,
+        env_steps=40_000,
         learning_rate=1e-3,
         play_learning_rate=5e-4,
         buffer_size=200_000,

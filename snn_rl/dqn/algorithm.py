@@ -320,7 +320,7 @@ class SpikingDQN(DQN):
     def _captured_gradient(
         self, loss: Callable[[Windows], Tensor], weights: tuple[float, float], windows: Windows
     ) -> CapturedGradient:
-        """The gradient of ``loss`` as a CUDA graph, captured anew where anything that it holds has changed."""
+        """The gradient of ``loss`` as a CUDA graph, captured anew where an option or the place of a weight changed."""
         networks: list[nn.Module] = [self.q_net, self.q_net_target]
         if self.teacher is not None:
             networks.append(_dqn_of(self.teacher).q_net)
