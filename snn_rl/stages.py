@@ -115,11 +115,11 @@ def claim(directory: Path, recipe: dict[str, Any], seed: int, ann: Path | None, 
     before = _flat(read_json(path))
     # through the writer's own conversion, in which tuples are lists
     now = _flat(_jsonable(config))
-    for key in sorted(before.keys() | now.keys(), key=lambda key: (key != "recipe.name", key)):
+    for key in sorted(before.keys() | now.keys(), key=lambda key: (key != "recipe.name", key != "seed", key)):
         if before.get(key) != now.get(key):
             raise ValueError(
                 f"{directory} belongs to another run: its {key} is {before.get(key)!r}, not {now.get(key)!r}; "
-                "use another --run-dir"
+                "give the options that began it, or use another --run-dir"
             )
 
 

@@ -586,8 +586,12 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pyt
 
 def test_another_runs_directory_is_refused_and_left_alone(finished: Path) -> None:
     before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
-    with pytest.raises(ValueError, match="belongs to another run: its seed is 3, not 4; use another --run-dir"):
+    refusal = "its seed is 3, not 4; give the options that began it, or use another --run-dir"
+    with pytest.raises(ValueError, match=f"belongs to another run: {refusal}"):
         run(tiny(), finished, 4, device="cpu")
+    # the seed before any field of a recipe, of which --smoke changes many
+    with pytest.raises(ValueError, match=refusal):
+        run(dataclasses.replace(tiny(), cpu_threads=1), finished, 4, device="cpu")
     with pytest.raises(ValueError, match=r"its recipe.snn.leak is 0.9, not 0.5"):
         run(tiny(snn=dataclasses.replace(tiny().snn, leak=0.5)), finished, 3, device="cpu")
     assert {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()} == before
