@@ -99,7 +99,7 @@ def scale_currents(network: SpikingNetwork, samples: Tensor) -> None:
         if deviation > 1e-6:
             for synapse in _synapses_before(graph, nodes[name]):
                 for parameter in synapse.parameters():
-                    with torch.no_grad():  # not by .data, of which acting by events would not notice
+                    with torch.no_grad():
                         parameter.mul_(DEVIATION * lif.threshold / deviation)
 
 

@@ -185,10 +185,20 @@ class SpikingDQNPolicy(DQNPolicy):
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {**super()._get_constructor_parameters(), **self.spiking_kwargs}
 
+    def parameters_to_vector(self) -> np.ndarray:
+        """All parameters as one array, whatever order they are stored in (SB3's own takes contiguous ones alone)."""
+        return torch.cat([p.detach().reshape(-1) for p in self.parameters()]).cpu().numpy()
+
     def load_from_vector(self, vector: np.ndarray) -> None:
-        """SB3's, which writes through ``.data``: the change is counted, so that acting sees it."""
-        super().load_from_vector(vector)
-        torch.autograd.graph.increment_version(list(self.parameters()))
+        """The inverse of `parameters_to_vector`; parameters keep the order in which they are stored."""
+        given, start = torch.as_tensor(vector), 0
+        size = sum(p.numel() for p in self.parameters())
+        if given.shape != (size,):
+            raise ValueError(f"vector must have shape ({size},), one entry per parameter, got {tuple(given.shape)}")
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(given[start : start + p.numel()].view(p.shape))
+                start += p.numel()
 
     def _to_tensor(self, observation: np.ndarray | dict[str, np.ndarray], device: torch.device) -> tuple[Tensor, bool]:
         """`obs_to_tensor`, which the plain case skips: arrays that fit the space need none of its questions."""
