@@ -22,6 +22,8 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecFrameStack, VecNormalize
 from torch import Tensor
 
+from snn_rl.dqn.spaces import check_spaces
+
 
 def frame_stack_of(env: VecEnv) -> int:
     """How many frames an environment stacks along the observation's stacking axis (1 where it does not)."""
@@ -55,13 +57,14 @@ class SequenceReplayBuffer(ReplayBuffer):
     Args:
         buffer_size: transitions in all, divided among the environments as SB3 does.
         observation_space, action_space, device, n_envs: as in SB3.
+        optimize_memory_usage: changes nothing. Each frame is stored once in any case.
         frame_stack: how many frames an observation stacks along its `stacking_axis`; see `frame_stack_of`.
         n_steps, gamma: of the return that `sample` computes.
 
     Observations are kept unnormalised; samples are normalised by the ``VecNormalize`` passed in, as in SB3.
 
     Raises:
-        ValueError: a dict observation space, a size too small, or a stack that does not divide the observation.
+        ValueError: a space that `check_spaces` refuses, a size too small, or a stack that does not divide the observation.
     """
 
     def __init__(
@@ -77,8 +80,7 @@ class SequenceReplayBuffer(ReplayBuffer):
         n_steps: int = 1,
         gamma: float = 0.99,
     ) -> None:
-        if isinstance(observation_space, spaces.Dict):
-            raise ValueError("dict observations cannot be replayed as frames; flatten them with FlattenObservation")
+        check_spaces(observation_space, action_space)
         # Not ReplayBuffer's own __init__, which takes memory for every stacked observation, twice.
         BaseBuffer.__init__(self, buffer_size, observation_space, action_space, device, n_envs=n_envs)
         self.buffer_size = buffer_size // n_envs  # slots per environment
