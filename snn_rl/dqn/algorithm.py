@@ -30,7 +30,7 @@ from snn_rl.dqn.captured import CapturedGradient, gradient
 from snn_rl.dqn.losses import distillation_loss, n_step_returns
 from snn_rl.dqn.policy import CnnPolicy, MlpPolicy, NumpyState, SpikingDQNPolicy, SpikingQNetwork, q_network_ann
 from snn_rl.dqn.replay import SequenceReplayBuffer, Windows, frame_stack_of
-from snn_rl.dqn.spaces import check_spaces, named
+from snn_rl.dqn.spaces import check_spaces, in_one_line
 from snn_rl.dqn.teacher import Player, StackedTeacher, frames_of
 from snn_rl.network import State
 from snn_rl.spread import scale_currents, spread_first_synapse
@@ -281,7 +281,7 @@ class SpikingDQN(DQN):
         """An actor's greedy actions (n_envs,), checked before an environment takes them, and its state afterwards."""
         greedy, state = actor.predict(obs, state, episode_start, deterministic=True)
         actions, n = np.asarray(greedy), int(self.action_space.n)  # type: ignore[attr-defined]
-        if actions.shape != (len(obs),) or actions.dtype.kind not in "iu" or not ((0 <= actions) & (actions < n)).all():
+        if actions.shape != (len(obs),) or actions.dtype.kind not in "iu" or not ((actions >= 0) & (actions < n)).all():
             raise ValueError(
                 f"{_named(actor)} must choose one of the actions 0 to {n - 1} in each of {len(obs)} environments, "
                 f"got {' '.join(str(actions).split())[:80]} of {actions.dtype}"
@@ -320,14 +320,12 @@ class SpikingDQN(DQN):
                 raise ValueError(
                     f"a teacher must be a stable_baselines3.DQN or a StackedTeacher, got {_named(teacher)}"
                 )
-            dqn = _dqn_of(teacher)
-            if isinstance(dqn.policy, SpikingDQNPolicy):
+            if isinstance(teacher, DQN) and isinstance(teacher.policy, SpikingDQNPolicy):
                 _check_spiking(teacher, "teacher")
-            _check_same_spaces(self, teacher, "this agent", "the teacher")
-            if dqn.device.type != self.device.type:
-                raise ValueError(
-                    f"the teacher is on {dqn.device}, this agent on {self.device}; load both on one device"
-                )
+            _check_same_spaces(self, teacher, "this agent", "the teacher has")
+            device = _dqn_of(teacher).device
+            if device.type != self.device.type:
+                raise ValueError(f"the teacher is on {device}, this agent on {self.device}; load both on one device")
             if isinstance(teacher, StackedTeacher):
                 teacher.check_burn_in(self.burn_in)
         self._teacher = teacher
@@ -626,7 +624,7 @@ class SpikingDQN(DQN):
         if self.env is None:
             raise ValueError("collect needs an environment; call set_env, or pass env to load")
         assert self.replay_buffer is not None
-        _check_same_spaces(self, actor, "this agent", "the actor")
+        _check_same_spaces(self, actor, "this agent", "the actor has")
         self._last_obs = None  # start from fresh episodes, which are the actor's alone
         self._actor = actor
         try:
@@ -722,24 +720,27 @@ def _check_ann(agent: object) -> None:
 def _check_spiking(agent: object, method: str) -> None:
     if isinstance(agent, SpikingDQN):
         return
+    got, way_out = _named(agent), "of an ANN, SpikingDQN.from_ann makes one"
     if isinstance(getattr(agent, "policy", None), SpikingDQNPolicy):
-        how = "one that DQN.load has loaded" if isinstance(agent, DQN) else f"{_named(agent)}, which only plays"
-        raise ValueError(f"{method} takes a SpikingDQN, got {how}; load the agent's SB3 zip by SpikingDQN.load")
-    raise ValueError(f"{method} takes a SpikingDQN, got {_named(agent)}; of an ANN, SpikingDQN.from_ann makes one")
+        if isinstance(agent, DQN):
+            got, way_out = "one that DQN.load has loaded", "load it by SpikingDQN.load"
+        else:  # a LoadedPolicy
+            way_out = "load the agent's SB3 zip by SpikingDQN.load"
+    raise ValueError(f"{method} takes a SpikingDQN, got {got}; {way_out}")
 
 
 def _check_same_spaces(
-    ours: Any, theirs: Any, we: str = "the environment", they: str = "the agent to take over"
+    ours: Any, theirs: Any, we: str = "the environment", they: str = "the agent was trained on"
 ) -> None:
-    """Check the spaces of an environment or an agent against those of another; an actor of your own may have none."""
+    """Check the spaces of an environment or agent against those of another agent, which may have none (a `Player`)."""
     for name in ("observation_space", "action_space"):
         has, wants = getattr(ours, name), getattr(theirs, name, None)
         if wants is None or has == wants:
             continue
-        way_out = "build the environment as for that agent's training"
+        way_out = "build it as for that agent's training"
         if name == "observation_space" and (frames_of(wants, has) or 1) > 1:
-            way_out = "StackedTeacher(dqn, observation_space) lets a DQN on a stack of frames act on one"
-        raise ValueError(f"the {name} of {we} is {named(has)}, that of {they} is {named(wants)}; {way_out}")
+            way_out = "StackedTeacher lets a DQN on a stack of frames act on one"
+        raise ValueError(f"{we}'s {name} is {in_one_line(has)}, but {they} {in_one_line(wants)}; {way_out}")
 
 
 def _exploration_rate(actor: Player) -> float:

@@ -64,7 +64,8 @@ class SequenceReplayBuffer(ReplayBuffer):
     Observations are kept unnormalised; samples are normalised by the ``VecNormalize`` passed in, as in SB3.
 
     Raises:
-        ValueError: a space that `check_spaces` refuses, a size too small, or a stack that does not divide the observation.
+        ValueError: a space that `check_spaces` refuses, a size too small, or a stack that does not divide the
+            observation.
     """
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
 from stable_baselines3.common.vec_env import VecTransposeImage
@@ -22,34 +23,35 @@ def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) ->
     """
     if not isinstance(action_space, spaces.Discrete):
         raise UnsupportedSpaceError(
-            f"DQN needs a Discrete action space, got {named(action_space)}; discretise the actions first"
+            f"DQN needs a Discrete action space, got {in_one_line(action_space)}; discretise the actions first"
         )
     if action_space.start != 0:  # SB3's DQN would play the first n integers from 0 on
         raise UnsupportedSpaceError(
-            f"DQN needs Discrete actions from 0 on, got {named(action_space)}; wrap the environment in "
+            f"DQN needs Discrete actions from 0 on, got {in_one_line(action_space)}; wrap the environment in "
             f"gymnasium.wrappers.TransformAction, to add {action_space.start} to each action"
         )
-    reason = _why_not_observed(observation_space)
-    if reason is not None:
-        raise UnsupportedSpaceError(f"{reason}, got {named(observation_space)}")
+    refused = _why_not_observed(observation_space)
+    if refused is not None:
+        must, way_out = refused
+        raise UnsupportedSpaceError(f"observations must {must}, got {in_one_line(observation_space)}; {way_out}")
 
 
-def _why_not_observed(space: spaces.Space) -> str | None:
+def _why_not_observed(space: spaces.Space) -> tuple[str, str] | None:
+    """What the observations must be, and the way there."""
     if isinstance(space, spaces.Dict):
-        return "observations must not be a Dict; flatten them with gymnasium.wrappers.FlattenObservation"
+        return "not be a Dict", "flatten them with gymnasium.wrappers.FlattenObservation"
     if isinstance(space, spaces.Box):
-        if 0 in space.shape or not space.shape:
-            return "observations must have an axis and an entry; use gymnasium.wrappers.ReshapeObservation"
+        if not space.shape:
+            return "have an axis", "wrap the environment in gymnasium.wrappers.ReshapeObservation, with shape (1,)"
+        if 0 in space.shape:
+            return "have an entry", "the agent cannot learn from nothing"
     elif isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
-        starts_at_0 = space.start == 0 if isinstance(space, spaces.Discrete) else not space.start.any()
-        if not starts_at_0:  # SB3 encodes k of n as one-hot without a look at the start
-            return "observations must count from 0 on; subtract the start in gymnasium.wrappers.TransformObservation"
-        if len(space.shape) > 1:
-            return (
-                "MultiDiscrete observations must have one axis; flatten them with gymnasium.wrappers.FlattenObservation"
-            )
+        if np.any(space.start):  # SB3 encodes k of n as one-hot without a look at the start
+            return "count from 0 on", "subtract the start in gymnasium.wrappers.TransformObservation"
+        if isinstance(space, spaces.MultiDiscrete) and space.nvec.ndim > 1:
+            return "have one axis", "flatten them with gymnasium.wrappers.FlattenObservation"
     elif not isinstance(space, spaces.MultiBinary):
-        return "observations must be Box, Discrete, MultiDiscrete or MultiBinary"
+        return "be Box, Discrete, MultiDiscrete or MultiBinary", "convert them in a gymnasium.ObservationWrapper"
     return None
 
 
@@ -60,6 +62,6 @@ def channels_first(space: spaces.Space) -> spaces.Space:
     return space
 
 
-def named(space: spaces.Space) -> str:
+def in_one_line(space: spaces.Space) -> str:
     """A space in one line, however many bounds it has."""
     return " ".join(str(space).split())

@@ -11,12 +11,13 @@ from stable_baselines3 import DQN
 from stable_baselines3.common.preprocessing import maybe_transpose
 from torch import Tensor
 
+from snn_rl.dqn.policy import SpikingDQNPolicy
 from snn_rl.dqn.replay import Windows, stacking_axis
-from snn_rl.dqn.spaces import channels_first, named
+from snn_rl.dqn.spaces import channels_first, in_one_line
 
 
 class Player(Protocol):
-    """Whatever has the ``predict`` of SB3's algorithms: an agent of SB3, a `LoadedPolicy`, a `StackedTeacher`, your own."""
+    """Whatever has the ``predict`` of SB3's algorithms: these, a `LoadedPolicy`, a `StackedTeacher`, or your own."""
 
     def predict(
         self,
@@ -59,17 +60,19 @@ class StackedTeacher:
     last are transposed, as SB3's algorithms do.
 
     Raises:
-        ValueError: ``dqn`` is no SB3 DQN, or ``observation_space`` is not one frame of what it was trained on.
+        ValueError: ``dqn`` is no SB3 DQN, or it spikes, or ``observation_space`` is not one frame of what it was trained
+            on.
     """
 
     def __init__(self, dqn: DQN, observation_space: spaces.Space) -> None:
         if not isinstance(dqn, DQN):
             raise ValueError(f"StackedTeacher takes a stable_baselines3.DQN, got a {type(dqn).__name__}")
+        if isinstance(dqn.policy, SpikingDQNPolicy):
+            raise ValueError("StackedTeacher takes an ANN; a spiking agent remembers the frames itself")
         frames = frames_of(dqn.observation_space, observation_space)
         if frames is None:
-            raise ValueError(
-                f"{named(observation_space)} is not one frame of the teacher's {named(dqn.observation_space)}"
-            )
+            single, stacked = in_one_line(observation_space), in_one_line(dqn.observation_space)
+            raise ValueError(f"{single} is not one frame of the teacher's {stacked}")
         self.dqn, self.frames = dqn, frames
         self.observation_space, self.action_space = channels_first(observation_space), dqn.action_space
         self.shape = dqn.observation_space.shape
