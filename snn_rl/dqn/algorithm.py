@@ -706,15 +706,15 @@ def _check_ann(agent: object) -> None:
     if isinstance(agent, DQN):
         return
     if isinstance(policy, DQNPolicy):  # a LoadedPolicy: DQN.load cannot read its file
-        way_out = (
-            "which only plays: load the agent's SB3 zip by DQN.load, or build a DQN of its layers and copy the weights "
-            "by dqn.q_net.load_state_dict(loaded.policy.q_net.state_dict())"
+        hint = (
+            ", which only plays; load the agent's SB3 zip by DQN.load, or build a DQN of the same layers and copy the "
+            "weights by dqn.q_net.load_state_dict(loaded.policy.q_net.state_dict())"
         )
     elif isinstance(agent, BaseAlgorithm):
-        way_out = "which has no Q-network; collect takes it as an actor"
+        hint = ", which has no Q-network; collect takes it as an actor"
     else:
-        way_out = "DQN.load makes one of an SB3 zip"
-    raise ValueError(f"from_ann takes a stable_baselines3.DQN, got {_named(agent)}, {way_out}")
+        hint = "; DQN.load makes one of an SB3 zip"
+    raise ValueError(f"from_ann takes a stable_baselines3.DQN, got {_named(agent)}{hint}")
 
 
 def _check_spiking(agent: object, method: str) -> None:

@@ -22,15 +22,21 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecFrameStack, VecNormalize
 from torch import Tensor
 
-from snn_rl.dqn.spaces import check_spaces
+from snn_rl.dqn.spaces import channels_first, check_spaces
 
 
 def frame_stack_of(env: VecEnv) -> int:
-    """How many frames an environment stacks along the observation's stacking axis (1 where it does not)."""
+    """How many frames an environment stacks along the observation's `stacking_axis` (1 where it does not)."""
     inner = env
     while isinstance(inner, VecEnvWrapper):
         if isinstance(inner, VecFrameStack):
-            return int(inner.stacked_obs.n_stack)
+            space, stack = inner.observation_space, inner.stacked_obs
+            if not isinstance(space, spaces.Box):
+                return 1
+            axis = stack.repeat_axis % len(stack.stacked_shape)
+            if channels_first(space) is not space:  # SB3 moves the channels of such images from last to first
+                axis = (axis + 1) % 3
+            return int(stack.n_stack) if axis == stacking_axis(stack.stacked_shape) else 1
         inner = inner.venv
     return int(getattr(inner, "frame_stack", 1))
 

@@ -60,8 +60,7 @@ class StackedTeacher:
     last are transposed, as SB3's algorithms do.
 
     Raises:
-        ValueError: ``dqn`` is no SB3 DQN, or it spikes, or ``observation_space`` is not one frame of what it was trained
-            on.
+        ValueError: ``dqn`` is no SB3 DQN, or it spikes, or ``observation_space`` is not one frame of its own.
     """
 
     def __init__(self, dqn: DQN, observation_space: spaces.Space) -> None:
