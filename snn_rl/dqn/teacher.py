@@ -96,11 +96,10 @@ class StackedTeacher:
             ValueError: observations that are no batch of single frames.
         """
         assert isinstance(observation, np.ndarray)
-        observation = maybe_transpose(observation, self.observation_space)
+        shape, observation = observation.shape, maybe_transpose(observation, self.observation_space)
         if observation.shape[1:] != self.observation_space.shape:
-            raise ValueError(
-                f"observations must have shape (n_envs, *{self.observation_space.shape}), got {observation.shape}"
-            )
+            wanted = ", ".join(map(str, ("n_envs", *(self.observation_space.shape or ()))))
+            raise ValueError(f"observations must have shape ({wanted}), got {shape}")
         n = len(observation)
         stack = np.zeros((n, *self.shape), dtype=observation.dtype) if state is None else state[0].copy()  # type: ignore[misc]
         if episode_start is not None:
