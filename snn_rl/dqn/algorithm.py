@@ -612,7 +612,7 @@ class SpikingDQN(DQN):
 
         Raises:
             ValueError: ``steps`` below 1, an agent without environment, something that has no ``predict``, an actor of
-                other spaces, or one that returns no valid actions; before the first step.
+                other spaces (before the first step), or invalid actions (before an environment takes them).
         """
         if steps < 1:
             raise ValueError(f"steps must be >= 1, got {steps}")
@@ -638,7 +638,8 @@ class SpikingDQN(DQN):
         finally:
             self._actor = None
             self._current_progress_remaining = 1.0  # the learning rate's schedule is this agent's, and has not begun
-            self._last_obs = None  # and hand over at an episode start: the actor's membranes are not this agent's
+            self._last_obs = None  # and hand over at an episode start: the actor's state is not this agent's
+            self._last_state = self._next_state = None  # nor is it to be saved with this agent
 
     def keep_rates(self, parent: SpikingDQN, windows: int = 64) -> None:
         """Take the network of a ``parent`` at more micro-steps, with thresholds at which each layer fires as often.
@@ -711,7 +712,7 @@ def _check_ann(agent: object) -> None:
             "weights by dqn.q_net.load_state_dict(loaded.policy.q_net.state_dict())"
         )
     elif isinstance(agent, BaseAlgorithm):
-        hint = ", which has no Q-network; collect takes it as an actor"
+        hint = ", whose network is no DQN's; collect takes it as an actor"
     else:
         hint = "; DQN.load makes one of an SB3 zip"
     raise ValueError(f"from_ann takes a stable_baselines3.DQN, got {_named(agent)}{hint}")

@@ -405,18 +405,18 @@ def test_minus_one_gradient_step_is_one_for_each_transition(cls: type[DQN]) -> N
 
 
 class Scripted:
-    """No agent of SB3's: a state of its own type, and no spaces."""
+    """No agent of SB3's: no spaces, and a state of its own type, which cannot be pickled."""
 
     def __init__(self, actions: list[Any]) -> None:
         self.actions, self.seen = actions, []
 
     def predict(
         self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = False
-    ) -> tuple[Any, dict[str, int]]:
+    ) -> tuple[Any, dict[str, Any]]:
         assert deterministic
-        self.seen.append((state, np.asarray(episode_start).tolist()))
+        self.seen.append((state and state["step"], np.asarray(episode_start).tolist()))
         step = 0 if state is None else state["step"]
-        return self.actions[step % len(self.actions)], {"step": step + 1}
+        return self.actions[step % len(self.actions)], {"step": step + 1, "generator": (i for i in ())}
 
     def __len__(self) -> int:
         return 0  # an actor all the same
@@ -429,15 +429,16 @@ def played(agent: SpikingDQN, i: int = 0) -> list[int]:
     return buffer.slot_actions[i, held][buffer.acted[i, held]].tolist()
 
 
-def test_any_object_with_predict_fills_the_replay() -> None:
+def test_any_object_with_predict_fills_the_replay(tmp_path: Path) -> None:
     env = DummyVecEnv([lambda: Played(box(4))] * 2)
     agent = SpikingDQN("MlpPolicy", env, **SMALL)
     actor = Scripted([[0, 1], [2, 2], [1, 0]])
     agent.collect(actor, 24)
     assert played(agent, 0) == [0, 2, 1] * 4
     assert played(agent, 1) == [1, 2, 0] * 4
-    assert [state for state, _ in actor.seen] == [None, *({"step": step} for step in range(1, 12))]
+    assert [step for step, _ in actor.seen] == [None, *range(1, 12)]
     assert [start for _, start in actor.seen] == [[t in (0, 10)] * 2 for t in range(12)]  # episodes of ten steps
+    agent.save(tmp_path / "agent.zip")  # without the actor's state
 
 
 def test_an_actors_exploration_rate_is_followed() -> None:
@@ -538,7 +539,7 @@ def test_what_from_ann_and_from_parent_cannot_take(tmp_path: Path) -> None:
     for agent, message in (
         (ann, "got a LoadedPolicy, which only plays; load the agent's SB3 zip by DQN.load, or build a DQN of the same"),
         (snn, "the agent spikes already; SpikingDQN.from_parent takes it to fewer timesteps"),
-        (ppo, "got a PPO, which has no Q-network; collect takes it as an actor"),
+        (ppo, "got a PPO, whose network is no DQN's; collect takes it as an actor"),
         ("dqn.zip", "got a str; DQN.load makes one of an SB3 zip"),
         (None, "got None; DQN.load makes one of an SB3 zip"),
     ):
