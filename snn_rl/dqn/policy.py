@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from typing import Any
 
@@ -67,6 +68,8 @@ class SpikingQNetwork(QNetwork):
         super().__init__(
             observation_space, action_space, features_extractor, features_dim, net_arch, activation_fn, normalize_images
         )
+        # For `save`, so that `load` can build the network anew. Without weights, and in a list: no part of this module.
+        self._extractor = [copy.deepcopy(features_extractor).to("meta")]
         self.network = spiking_architecture(q_network_ann(self), timesteps, leak=leak, leak_reset=leak_reset)
         self.persistent = persistent
         self._events = _event_driven(self.network)
@@ -127,6 +130,19 @@ class SpikingQNetwork(QNetwork):
         x = preprocess_obs(obs, self.observation_space, normalize_images=self.normalize_images)
         assert isinstance(x, Tensor)
         return x
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        extractor = copy.deepcopy(self._extractor[0]).to_empty(device="cpu")
+        with torch.no_grad():
+            for tensor in (*extractor.parameters(), *extractor.buffers()):
+                tensor.zero_()
+        return {
+            **super()._get_constructor_parameters(),
+            "features_extractor": extractor,
+            "timesteps": self.network.timesteps,
+            "leak_reset": next(iter(self.network.lif_layers.values())).leak_reset,
+            "persistent": self.persistent,
+        }  # thresholds and leaks are parameters
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = True) -> Tensor:
         return self(observation)[0].argmax(dim=1)
