@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -28,11 +27,20 @@ from snn_rl.activity import count_spikes, spikes_per_neuron
 from snn_rl.convert import DEFAULT_LEAK, DEFAULT_PERCENTILE, to_spiking
 from snn_rl.dqn.captured import CapturedGradient, gradient
 from snn_rl.dqn.losses import distillation_loss, n_step_returns
-from snn_rl.dqn.policy import CnnPolicy, MlpPolicy, NumpyState, SpikingDQNPolicy, SpikingQNetwork, q_network_ann
+from snn_rl.dqn.policy import (
+    CnnPolicy,
+    MlpPolicy,
+    NumpyState,
+    SpikingDQNPolicy,
+    SpikingQNetwork,
+    check_forwards,
+    q_network_ann,
+)
 from snn_rl.dqn.replay import SequenceReplayBuffer, Windows, frame_stack_of
 from snn_rl.dqn.spaces import check_spaces, in_one_line
 from snn_rl.dqn.teacher import Player, StackedTeacher, frames_of
 from snn_rl.network import State
+from snn_rl.plain import evaluation_copy
 from snn_rl.spread import scale_currents, spread_first_synapse
 
 SelfSpikingDQN = TypeVar("SelfSpikingDQN", bound="SpikingDQN")
@@ -503,10 +511,11 @@ class SpikingDQN(DQN):
         an agent's ``teacher``, and the actor of its first `collect`, is a `StackedTeacher`.
 
         Raises:
-            ValueError: no DQN or one that spikes, spaces of ``env`` that are not its, or a network that cannot be
-                converted.
+            ValueError: no DQN or one that spikes, a Q-network with a forward of its own (dueling, masked), spaces of
+                ``env`` that are not its, or a network that cannot be converted.
         """
         _check_ann(dqn)
+        check_forwards(dqn.policy)
         if calibration_steps < 1:
             raise ValueError(f"calibration_steps must be >= 1, got {calibration_steps}")
         env = cls._checked_env(env, kwargs.get("verbose", 0))
@@ -545,14 +554,20 @@ class SpikingDQN(DQN):
             model.q_net_target.load_state_dict(model.q_net.state_dict())
             return model
         network = to_spiking(
-            copy.deepcopy(q_network_ann(dqn.q_net)).to(model.device),
+            evaluation_copy(q_network_ann(dqn.q_net)).to(model.device),
             batches,  # type: ignore[arg-type]
             percentile,
             timesteps,
             leak=leak,
             leak_reset=leak_reset,
         )
-        model.q_net.network.load_state_dict(network.state_dict())
+        try:
+            model.q_net.network.load_state_dict(network.state_dict())
+        except RuntimeError as error:
+            raise ValueError(
+                "the layers of the Q-network are not those that its policy's net_arch and features extractor describe, "
+                "so a policy cannot be built for them; convert the network itself by snn_rl.to_spiking"
+            ) from error
         model.q_net_target.load_state_dict(model.q_net.state_dict())
         return model
 

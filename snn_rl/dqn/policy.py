@@ -35,6 +35,32 @@ def q_network_ann(q_net: QNetwork) -> nn.Sequential:
     return nn.Sequential(OrderedDict(features=q_net.features_extractor, q=q_net.q_net))
 
 
+def check_forwards(policy: DQNPolicy) -> None:
+    """Refuse a policy that computes its Q-values or actions in a way of its own, on top of its layers.
+
+    Conversion, policy files and `snn_rl.without_dead_units` take the features extractor and the layers behind it. What
+    a dueling, negated or masked Q-network does with them would be lost.
+
+    Raises:
+        ValueError: a policy or Q-network that overrides how its outputs are computed, by its class and method.
+    """
+    spiking = isinstance(policy, SpikingDQNPolicy)
+    policy_class, network_class = (SpikingDQNPolicy, SpikingQNetwork) if spiking else (DQNPolicy, QNetwork)
+    checked: list[tuple[str, nn.Module, type[nn.Module], tuple[str, ...]]] = [
+        ("policy", policy, policy_class, ("forward", "predict", "_predict", "obs_to_tensor"))
+    ]
+    for q_net in (policy.q_net, policy.q_net_target):
+        checked.append(("Q-network", q_net, network_class, ("forward", "_predict", "extract_features")))
+    for what, module, base, methods in checked:
+        for method in methods:
+            if getattr(type(module), method, None) is not getattr(base, method) or method in vars(module):
+                raise ValueError(
+                    f"the {what} is a {type(module).__name__}, whose {method} is its own and would be lost; only the "
+                    f"layers of SB3's {base.__name__} can be taken. An agent of another kind can be the `teacher` of a "
+                    "SpikingDQN that starts from new weights"
+                )
+
+
 def _event_driven(network: SpikingNetwork) -> EventDriven | None:
     if EventDriven is None:
         return None
