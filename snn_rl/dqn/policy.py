@@ -269,9 +269,13 @@ class SpikingDQNPolicy(DQNPolicy):
     ) -> tuple[np.ndarray, NumpyState]:
         """Greedy actions of a batch of environments (or of one bare observation) and their membranes afterwards.
 
-        ``state`` is what the previous call returned (None at first); where ``episode_start`` is True, that
-        environment's membranes are cleared first. ``deterministic`` changes nothing here: exploration is the
-        algorithm's. Raises ValueError for a state of another batch size or network.
+        ``state`` is what the previous call returned (None at first). Where ``episode_start`` is True, that
+        environment's membranes are cleared first. An observation of NaN or infinity is not refused. It stays in that
+        environment's membranes until its next ``episode_start``, which clears whatever they hold. ``deterministic``
+        changes nothing here: exploration is the algorithm's.
+
+        Raises:
+            ValueError: a state of another batch size or network.
         """
         if self.training:  # looked at first, for walking through all modules takes as long as a small network's frame
             self.set_training_mode(False)
