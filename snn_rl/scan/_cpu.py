@@ -22,9 +22,13 @@ from numba.extending import intrinsic
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from snn_rl.scan._kernel_cache import KernelCache, warn_once
 from snn_rl.scan._layout import Layout
 from snn_rl.scan._reference import MIN_THRESHOLD
 from snn_rl.surrogate import GAMMA
+
+if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]  # kernels take addresses, which Python itself cannot follow
+    raise ImportError("NUMBA_DISABLE_JIT is set")
 
 NUMPY_TYPE = {torch.float32: np.float32, torch.float64: np.float64}
 MOST, LEAST = 1024, 64  # neurons of a block
@@ -33,11 +37,18 @@ PER_THREAD = 32_768  # neuron-steps below which one more thread costs more than 
 
 
 def compiled(**options: Any) -> Callable[[Any], Any]:
+    """``numba.njit``, kept from one process to the next where there is a folder for it."""
+
     def compile_(function: Any) -> Any:
+        kernel = numba.njit(nogil=True, error_model="numpy", **options)(function)
         try:
-            return numba.njit(nogil=True, error_model="numpy", cache=True, **options)(function)
-        except RuntimeError:  # nowhere to keep the compiled code: neither beside this file nor in the user's cache
-            return numba.njit(nogil=True, error_model="numpy", **options)(function)
+            kernel._cache = KernelCache(function)  # as `cache=True` sets numba's own
+        except RuntimeError:
+            warn_once(
+                "cannot be kept, and each start compiles anew",
+                "neither the folder of snn_rl nor the user's cache can be written; set NUMBA_CACHE_DIR",
+            )
+        return kernel
 
     return compile_
 
