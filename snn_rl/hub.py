@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
 import shutil
@@ -277,7 +278,7 @@ def _card(policy: LoadedPolicy, env_id: str, played: Evaluation, protocol: str, 
         where[-1],
         "policy = load_policy(path)",
         'kwargs = policy.metadata["provenance"]["env_kwargs"]',
-        f'env = RECIPES["{provenance.get("recipe")}"].build_env(1, seed=0, **kwargs)',
+        f"env = RECIPES[{json.dumps(provenance.get('recipe'))}].build_env(1, seed=0, **kwargs)",
         "print(evaluate_policy(policy, env, n_eval_episodes=5))",
         "```",
         "",
