@@ -135,7 +135,7 @@ def _words(default: Any) -> str:
 def _training_parser(what: str, ann: str) -> Parser:
     """The options that every training has. ``ann`` is a file that may take the ANN stage's place."""
     description = (
-        f"Train {what}: first an ordinary network (ANN), then spiking networks.\n\n"
+        f"Train {what}: first an ordinary network (ANN), then spiking ones.\n\n"
         "Run the same command again to resume a run that was stopped."
     )
     parser = Parser(description, add_help=False)
@@ -168,7 +168,7 @@ def _chosen(
         raise ValueError(f"unknown recipe {options.recipe!r}; there are {', '.join(recipes)}")
     recipe = recipes[options.recipe].smoke() if options.smoke else recipes[options.recipe]
     parser.usage, parser.epilog = argparse.SUPPRESS, None  # tyro's help has a usage of its own
-    note = f"Every field of the recipe is an option too. Their defaults in {options.recipe}:"
+    note = f"Every field of the recipe {options.recipe} is an option too:"
     return overridden(recipe, overrides, parser.prog, fixed, f"{parser.format_help()}\n{note}")
 
 
@@ -270,17 +270,17 @@ def named_environment(name: str, policy: LoadedPolicy, num_envs: int = 1, seed: 
             kwargs = {**policy.metadata["provenance"].get("env_kwargs", {}), **kwargs}
         else:
             make_env = partial(_make_registered, name)
-        env = Recipe(name=name, env_id=name, make_env=make_env).build_env(num_envs, seed, **kwargs)
+        env = Recipe(name=name, env_id=name, make_env=make_env, num_envs=1).build_env(num_envs, seed, **kwargs)
     except ValueError:
         raise
-    except Exception as error:  # whatever a module or an environment of somebody else raises
-        raise ValueError(f"{name} cannot be built: {type(error).__name__}: {error}") from error
+    except Exception as error:  # the module and the environment may raise anything
+        raise ValueError(f"environment {name!r} cannot be built: {type(error).__name__}: {error}") from error
     seen = env.observation_space
     if (
-        seen != policy.observation_space
-        and isinstance(seen, spaces.Box)
+        isinstance(seen, spaces.Box)
         and is_image_space(seen)
         and not is_image_space_channels_first(seen)
+        and VecTransposeImage.transpose_space(seen) == policy.observation_space
     ):
         env = VecTransposeImage(env)  # as SB3 does
     for kind in ("observation_space", "action_space"):
@@ -340,7 +340,7 @@ def train(argv: Sequence[str] | None, recipes: Mapping[str, Recipe], default: st
 
 def train_classifier(argv: Sequence[str] | None) -> int:
     """The command line of ``scripts/train_vision.py``."""
-    parser = _training_parser("a classifier of images", "the model.safetensors of another run's ANN")
+    parser = _training_parser("a classifier", "the model.safetensors of another run's ANN")
     parser.usage = "%(prog)s RECIPE [OPTIONS]"
     parser.epilog = (
         f"RECIPE is one of {', '.join(VISION_RECIPES)}. Every field of the recipe is an option too: "
