@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from snn_rl.convert import SYNAPSES
-from snn_rl.network import SpikingNetwork
+from snn_rl.layers import SYNAPSES
+from snn_rl.network import NetworkGraph, SpikingNetwork
 from snn_rl.neuron import LIF
 
 MAX_GAIN = 30.0
@@ -103,7 +103,7 @@ def scale_currents(network: SpikingNetwork, samples: Tensor) -> None:
                         parameter.mul_(DEVIATION * lif.threshold / deviation)
 
 
-def _synapses_before(graph: fx.GraphModule, node: fx.Node) -> set[nn.Module]:
+def _synapses_before(graph: NetworkGraph, node: fx.Node) -> set[nn.Module]:
     """The last synapses on the ways that lead to ``node``."""
     found: set[nn.Module] = set()
     for source in node.all_input_nodes:
