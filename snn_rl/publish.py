@@ -85,8 +85,8 @@ def table_of_contents(folder: Path) -> Path:
         "# Trained agents",
         "",
         "Watch an agent: `python scripts/watch.py agents/pretrained/RECIPE/STAGE.safetensors`. Evaluate it:",
-        "`python scripts/evaluate.py agents/pretrained/RECIPE/STAGE.safetensors`. In a program, build the environment in",
-        "which it was trained:",
+        "`python scripts/evaluate.py agents/pretrained/RECIPE/STAGE.safetensors`. In a program, build the",
+        "environment in which it was trained:",
         "",
         "```python",
         "from agents import environment_of",
@@ -96,9 +96,9 @@ def table_of_contents(folder: Path) -> Path:
         "env = environment_of(policy, num_envs=1, seed=0)  # a VecEnv of stable-baselines3",
         "```",
         "",
-        "A return is the mean and standard deviation over greedy episodes, one per seed, which the file here has played.",
-        "The seeds were not used to train the agent or to choose its checkpoint. `python scripts/publish.py` wrote this",
-        "folder from finished runs.",
+        "A return is the mean and standard deviation over greedy episodes that the file here has played, one per",
+        "seed. The seeds were not used to train the agent or to choose its checkpoint. `python scripts/publish.py`",
+        "wrote this folder from finished runs.",
     ]
     for path in sorted(folder.glob("*/results.json")):
         lines += ["", *_section(read_json(path))]
