@@ -274,7 +274,7 @@ def named_environment(name: str, policy: LoadedPolicy, num_envs: int = 1, seed: 
     except ValueError:
         raise
     except Exception as error:  # the module and the environment may raise anything
-        raise ValueError(f"environment {name!r} cannot be built: {type(error).__name__}: {error}") from error
+        raise ValueError(f"the environment {name} cannot be built: {type(error).__name__}: {error}") from error
     seen = env.observation_space
     if (
         isinstance(seen, spaces.Box)

@@ -379,21 +379,21 @@ def test_a_function_gets_the_arguments_that_the_file_names(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("CartPol-v1", "'CartPol-v1' cannot be built: NameNotFound: Environment `CartPol` doesn't exist."),
-        ("Nowhere/Maze-v0", "'Nowhere/Maze-v0' cannot be built: NamespaceNotFound: Namespace Nowhere not found."),
-        ("", "'' cannot be built: Error: Malformed environment ID"),
+        ("CartPol-v1", "CartPol-v1 cannot be built.*: NameNotFound: Environment `CartPol` doesn't exist"),
+        ("Nowhere/Maze-v0", "Nowhere/Maze-v0 cannot be built.*: NamespaceNotFound: Namespace Nowhere not found"),
+        ("", "cannot be built.*: Error: Malformed environment ID"),
         ("no_such_module:make", "no module 'no_such_module' in "),
         ("own_environment.py:make", "no module 'own_environment.py' in "),
         ("own_environment:mak", "own_environment.py has no function 'mak'"),
         ("own_environment:number", "own_environment.py has no function 'number'"),
-        ("own_environment:Nothing-v0", "cannot be built: NameNotFound: Environment `Nothing` doesn't exist."),
+        ("own_environment:Nothing-v0", "cannot be built.*: NameNotFound: Environment `Nothing` doesn't exist"),
         ("incomplete_environment:make", "cannot be built: ModuleNotFoundError: No module named 'no_such_package'"),
-        ("own_environment:failing", "'own_environment:failing' cannot be built: RuntimeError: no such maze"),
+        ("own_environment:failing", "own_environment:failing cannot be built.*: RuntimeError: no such maze"),
         ("own_environment:unmonitored", "must be monitored: wrap them in VecMonitor"),
         ("own_environment:single", "make_env of own_environment:single must return a VecEnv of 2 environments, got"),
-        ("Acrobot-v1", "the agent's observation_space is Box([-4.8"),
+        ("Acrobot-v1", r"the agent's observation_space is Box\(\[-4.8.*, that of Acrobot-v1 is Box\(\[ ?-1"),
         ("MountainCar-v0", "build the environment with the wrappers of the training, in a function"),
-        ("ALE/Pong-v5", "that of ALE/Pong-v5 is Box(0, 255, (210, 160, 3), uint8)"),
+        ("ALE/Pong-v5", r"that of ALE/Pong-v5 is Box\(0, 255, \(.*, uint8\); build"),
     ],
 )
 def test_an_environment_that_cannot_be_is_one_line_and_status_2(
@@ -401,8 +401,7 @@ def test_an_environment_that_cannot_be_is_one_line_and_status_2(
 ) -> None:
     assert evaluate.main([str(cartpole_file), "--env", name, "--episodes", "2", "--device", "cpu"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert message in error
+    assert re.match(f"error: .*{message}", error)
     assert error.count("\n") == 1
 
 
@@ -414,9 +413,9 @@ def test_an_environment_whose_package_is_missing(
 
     monkeypatch.setattr(gym, "make", make)
     assert evaluate.main([str(cartpole_file), "--env", "LunarLander-v3", "--device", "cpu"]) == 2
-    assert capsys.readouterr().err == (
-        "error: environment 'LunarLander-v3' cannot be built: DependencyNotInstalled: Box2D is not installed, run `pip "
-        'install "gymnasium[box2d]"`\n'
+    assert re.fullmatch(
+        "error: .*LunarLander-v3 cannot be built.*: DependencyNotInstalled: Box2D is not installed, run `pip .*\n",
+        capsys.readouterr().err,
     )
 
 
