@@ -163,7 +163,7 @@ def _chosen(
         parser.print_help()
         raise SystemExit(0)
     if options.recipe is None:
-        raise ValueError(f"name a recipe: {', '.join(recipes)}")
+        raise ValueError(f"say which recipe: {', '.join(recipes)}")
     if options.recipe not in recipes:
         raise ValueError(f"unknown recipe {options.recipe!r}; there are {', '.join(recipes)}")
     recipe = recipes[options.recipe].smoke() if options.smoke else recipes[options.recipe]
