@@ -12,11 +12,11 @@ sys.path.insert(0, str(ROOT))  # this repository's agents, whatever else is inst
 from agents import RECIPES, environment_of
 from snn_rl.cli import Parser, exit_status
 from snn_rl.evaluation import Evaluation, evaluate
-from snn_rl.files import read_json
 from snn_rl.pipeline import PROTOCOL
 from snn_rl.policy_file import LoadedPolicy
 from snn_rl.publish import publish, table_of_contents
 from snn_rl.recipe import SEEDS_PER_RUN, TEST_SEEDS
+from snn_rl.results import load_results
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,8 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             env.close()
 
     def command() -> None:
-        path = options.run / "results.json"
-        recipe = read_json(path).get("recipe") if path.is_file() else None
+        recipe = load_results(options.run)["recipe"]
         if recipe not in RECIPES:
             raise ValueError(f"{options.run} is no run of a recipe here: {', '.join(RECIPES)}")
         published = publish(options.run, options.into / recipe, play, options.command, PROTOCOL)

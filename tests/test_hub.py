@@ -156,6 +156,18 @@ def assert_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFi
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("seed", [-1, 100_000, 10**30, "0", None, True, [0]])
+def test_a_seed_in_the_provenance_that_no_run_has_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], seed: Any
+) -> None:
+    kwargs = {"net_arch": [16], "timesteps": 1}
+    agent = SpikingDQN("MlpPolicy", make_cartpole(1, seed=0), policy_kwargs=kwargs, buffer_size=100, device="cpu")
+    save_policy(agent, tmp_path / "a.safetensors", {"recipe": "cartpole", "env_id": "CartPole-v1", "seed": seed})
+    arguments = [str(tmp_path / "a.safetensors"), str(tmp_path / "out"), "--video-steps", "0"]
+    assert_one_line(arguments, "the seed in the file's provenance must be an integer in [0, 100000), got", capsys)
+    assert not (tmp_path / "out").exists()
+
+
 def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     foreign, own = tmp_path / "foreign", tmp_path / "own"
     for folder, name in ((foreign, "notes.txt"), (own, "README.md")):
