@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this repository's agents, whatever else is installed
 
-from agents import RECIPES
-from snn_rl.cli import environment_of, exit_status
+from agents import RECIPES, environment_of
+from snn_rl.cli import Parser, exit_status
 from snn_rl.evaluation import Evaluation, evaluate
 from snn_rl.pipeline import PROTOCOL
 from snn_rl.policy_file import LoadedPolicy
@@ -21,16 +20,19 @@ from snn_rl.results import load_results
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("run", type=Path, help="the folder of a finished run, such as runs/pong-lite/seed-0")
-    parser.add_argument("--command", required=True, help="the command that trained it, for whoever trains it again")
-    parser.add_argument("--into", type=Path, default=ROOT / "agents" / "pretrained")
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "run", metavar="RUN", type=Path, help="the folder of a finished run, such as runs/pong-lite/seed-0"
+    )
+    parser.add_argument("--command", required=True, help="the command that trained it, to be listed")
+    into = ROOT / "agents" / "pretrained"
+    parser.add_argument("--into", type=Path, default=into, help="write below this folder (default: agents/pretrained)")
     options = parser.parse_args(argv)
 
     def play(policy: LoadedPolicy) -> Evaluation:
         seed = TEST_SEEDS + policy.metadata["provenance"]["seed"] * SEEDS_PER_RUN
         episodes = RECIPES[policy.metadata["provenance"]["recipe"]].eval_episodes
-        env = environment_of(policy, RECIPES, episodes, seed)
+        env = environment_of(policy, episodes, seed)
         try:
             return evaluate(policy, env, episodes)
         finally:

@@ -153,10 +153,21 @@ def table_of_contents(folder: Path) -> Path:
     lines = [
         "# Trained agents",
         "",
-        "Play one: `python scripts/watch.py agents/pretrained/RECIPE/STAGE.safetensors`. Evaluate one:",
-        "`python scripts/evaluate.py agents/pretrained/RECIPE/STAGE.safetensors`. Mean and standard deviation of the",
-        "return over greedy episodes, one per seed, on seeds unseen in training and selection, played by the file as",
-        "it is here. `python scripts/publish.py` wrote all of this from a finished run.",
+        "Watch an agent: `python scripts/watch.py agents/pretrained/RECIPE/STAGE.safetensors`. Evaluate it:",
+        "`python scripts/evaluate.py agents/pretrained/RECIPE/STAGE.safetensors`. In a program, build the",
+        "environment in which it was trained:",
+        "",
+        "```python",
+        "from agents import environment_of",
+        "from snn_rl import load_policy",
+        "",
+        'policy = load_policy("agents/pretrained/cartpole/T1.safetensors")',
+        "env = environment_of(policy, num_envs=1, seed=0)  # a VecEnv of stable-baselines3",
+        "```",
+        "",
+        "A return is the mean and standard deviation over greedy episodes that the file here has played, one per",
+        "seed. The seeds were not used to train the agent or to choose its checkpoint. `python scripts/publish.py`",
+        "wrote this folder from finished runs.",
     ]
     for path in sorted(folder.glob("[!.]*/results.json")):  # a name with a dot is what a kill left behind
         lines += ["", *_section(path.parent.name, _published(path))]
