@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from snn_rl.limits import MAX_TIMESTEPS
+from snn_rl.progress import one_line
 
 if TYPE_CHECKING:
     from stable_baselines3.common.vec_env import VecEnv
@@ -16,6 +19,11 @@ if TYPE_CHECKING:
 VALIDATION_SEEDS = 500_000_000
 TEST_SEEDS = 1_000_000_000
 SEEDS_PER_RUN = 1_000
+
+# Longer than any episode that is meant to end: an hour of Atari has 54,000 steps.
+MAX_EPISODE_STEPS = 100_000
+SMOKE_STEPS = 1_024  # of a smoke run's ANN
+SET_BY_RUN = {"num_envs", "seed"}  # arguments of `make_env` that no recipe sets
 
 
 @dataclass(frozen=True)
@@ -101,9 +109,12 @@ class Recipe:
     A stage stops early where its return
     on validation seeds reaches ``target_return`` in ``validations_at_target`` validations on end: where training
     swings, one may be luck.
+    A checkpoint is written after a minute of training, or later, so that writing takes at most a twentieth of the time;
+    ``checkpoint_every`` adds one after every so many environment steps. An episode of validation or evaluation that
+    has more than ``max_episode_steps`` stops the run with an error, after which a larger number goes on from there.
 
     Raises:
-        ValueError: a schedule that does not decrease, or a number out of range.
+        ValueError: a schedule that does not decrease, a number out of range, or a value that JSON does not hold.
     """
 
     name: str
@@ -122,10 +133,12 @@ class Recipe:
     validate_every: int = 5_000  # environment steps
     validation_episodes: int = 20
     eval_episodes: int = 20
-    checkpoint_every: int = 50_000  # environment steps
+    checkpoint_every: int | None = None  # environment steps; None: by time alone
+    max_episode_steps: int = MAX_EPISODE_STEPS
     cpu_threads: int | None = None  # of torch; None leaves it to torch. Small layers are faster on one.
 
     def __post_init__(self) -> None:
+        check_plain(self.as_dict())
         check_schedule(self.schedule)
         check_numbers(self, fractions=FRACTIONS, may_be_zero=MAY_BE_ZERO, may_be_negative={"target_return"})
         sizes = [n for convolution in self.network.convolutions for n in convolution]
@@ -135,6 +148,8 @@ class Recipe:
             if size < 1:
                 raise ValueError(f"sizes in network.convolutions and network.net_arch must be >= 1, got {size}")
         for kwargs, prefix in ((self.env_kwargs, "env_kwargs"), (self.ann_env_kwargs, "ann_env_kwargs")):
+            if SET_BY_RUN & kwargs.keys():
+                raise ValueError(f"{prefix} must not hold num_envs or seed, which the run sets, got {kwargs}")
             frames = kwargs.get("frame_stack", 1)
             if not isinstance(frames, int) or frames < 1:
                 raise ValueError(f"{prefix}.frame_stack must be >= 1, got {frames}")
@@ -188,25 +203,40 @@ class Recipe:
                     "all environments step together"
                 )
 
-    def build_env(self, num_envs: int, seed: int, **overrides: Any) -> VecEnv:
+    def build_env(self, num_envs: int, seed: int, /, **overrides: Any) -> VecEnv:
         """A monitored ``VecEnv`` of the recipe's environment; ``overrides`` go before ``env_kwargs``.
+
+        Images are channels first, as SB3 transposes them. What the environment raises later on becomes a ValueError of
+        one line, with the original as its ``__cause__``.
 
         Raises:
             ValueError: an argument that the environment does not take, or not with this value; another number of
-                environments.
+                environments; an environment that cannot be built.
         """
         kwargs = {**self.env_kwargs, **overrides}
+        shown = str(kwargs)[:200]
+        if SET_BY_RUN & kwargs.keys():
+            raise ValueError(f"env_kwargs must not hold num_envs or seed, which the caller sets, got {shown}")
+        # here, where torch is needed anyway
+        from stable_baselines3.common.vec_env import VecEnv
+
+        from snn_rl.environments import NamedFailures, channels_first, why
+
         try:
             env = self.make_env(num_envs, seed=seed, **kwargs)
+        except ValueError:
+            raise
         except TypeError as error:
-            raise ValueError(f"the environment of {self.name} does not take {kwargs}: {error}") from error
-        from stable_baselines3.common.vec_env import VecEnv  # here, where torch is needed anyway
-
+            reason = one_line(error).removeprefix("TypeError: ")
+            raise ValueError(f"the environment of {self.name} does not take {shown}: {reason}") from error
+        except Exception as error:
+            raise ValueError(f"the environment of {self.name} cannot be built with {shown}: {why(error)}") from error
         if not isinstance(env, VecEnv) or env.num_envs != num_envs:
             if hasattr(env, "close"):
                 env.close()
-            raise ValueError(f"make_env of {self.name} must return a VecEnv of {num_envs} environments, got {env}")
-        return env
+            got = f"{type(env).__name__} of {getattr(env, 'num_envs', 1)}"
+            raise ValueError(f"make_env of {self.name} must return a VecEnv of {num_envs} environments, got a {got}")
+        return NamedFailures(channels_first(env), f"the environment of {self.name}")
 
     def snn_steps(self, timesteps: int) -> int:
         """Environment steps of the stage at ``timesteps``, at most."""
@@ -224,7 +254,7 @@ class Recipe:
     def smoke(self) -> Recipe:
         """The same stages with budgets of seconds: every line runs, nothing is learnt."""
         replace = dataclasses.replace
-        ann = replace(self.ann, env_steps=1_024, learning_starts=256, buffer_size=2_000, exploration_steps=256)
+        ann = replace(self.ann, env_steps=SMOKE_STEPS, learning_starts=256, buffer_size=2_000, exploration_steps=256)
         snn = replace(
             self.snn,
             parent_steps=256,
@@ -244,17 +274,38 @@ class Recipe:
             checkpoint_every=512,
         )
 
+    @staticmethod
+    def is_smoke(config: Mapping[str, Any]) -> bool:
+        """Whether ``config``, as `as_dict` returns it, is that of a `smoke` recipe."""
+        ann = config.get("ann")
+        return isinstance(ann, Mapping) and ann.get("env_steps") == SMOKE_STEPS
+
     def as_dict(self) -> dict[str, Any]:
         """Every field that JSON can hold: all but the function that builds the environment."""
-        config = dataclasses.asdict(dataclasses.replace(self, make_env=_no_env))
+        config = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del config["make_env"]
-        return config
+        inner = {name: dataclasses.asdict(config[name]) for name in ("network", "ann", "snn")}
+        return {**config, **inner}
 
 
 def check_schedule(schedule: Sequence[int]) -> None:
-    """Raises ValueError where ``schedule`` is no decreasing sequence of timesteps."""
+    """Raises ValueError where ``schedule`` is no decreasing sequence of timesteps, or begins with too many."""
     if not schedule or any(t < 1 for t in schedule) or any(b >= a for a, b in itertools.pairwise(schedule)):
         raise ValueError(f"schedule must be decreasing timesteps >= 1, such as 5 4 3 2 1, got {schedule}")
+    if schedule[0] > MAX_TIMESTEPS:
+        raise ValueError(f"timesteps in schedule must be <= {MAX_TIMESTEPS:,}, got {schedule[0]}")
+
+
+def check_plain(value: Any, name: str = "") -> None:
+    """Raises ValueError where ``value``, or one inside it, is not what JSON holds, such as a numpy integer."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            check_plain(inner, f"{name}.{key}" if name else key)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            check_plain(inner, name)
+    elif value is not None and not isinstance(value, bool | int | float | str):
+        raise ValueError(f"{name} must be a plain Python value, got {value!r} ({type(value).__name__}); convert it")
 
 
 def check_numbers(
@@ -295,7 +346,3 @@ MAY_BE_ZERO = {
     "average_updates",
     "restart_every",
 }
-
-
-def _no_env(*_: Any, **__: Any) -> VecEnv:
-    raise ValueError("this recipe is a description and builds no environment")

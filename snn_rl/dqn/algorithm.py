@@ -542,22 +542,23 @@ class SpikingDQN(DQN):
             actions, state = actor.predict(obs, state, episode_start, deterministic=True)
             obs, _, episode_start, _ = self.env.step(self._explore(actions, _dqn_of(actor).exploration_rate))
 
-    def collect(self, actor: DQN | StackedTeacher, steps: int) -> None:
+    def collect(self, actor: DQN | StackedTeacher, steps: int, callback: MaybeCallback = None) -> None:
         """Store ``steps`` environment steps of another agent's epsilon-greedy play in this agent's replay buffer.
 
         A freshly converted network's own play is worthless as replay; a stage starts from its parent's instead.
+        ``callback`` is called at each step, as SB3's ``learn`` calls it.
         """
         assert self.env is not None
         assert self.replay_buffer is not None
         if steps < 1:
             raise ValueError(f"steps must be >= 1, got {steps}")
         self._last_obs = None  # start from fresh episodes, which are the actor's alone
-        _, callback = self._setup_learn(steps, reset_num_timesteps=False)
+        _, called = self._setup_learn(steps, callback, reset_num_timesteps=False)
         self._actor = actor
         try:
             self.collect_rollouts(
                 self.env,
-                callback,
+                called,
                 TrainFreq(-(-steps // self.n_envs), TrainFrequencyUnit.STEP),
                 self.replay_buffer,
             )
