@@ -100,15 +100,17 @@ def run(
     stages = chain(recipe.schedule, ann)
     head = {"recipe": recipe.name, "env_id": recipe.env_id, "seed": seed}
     _check(this, stages)
-    given = None if ann is None else _load_ann(this, stages[0], ann)
+    given = None
+    if ann is not None and not (directory / stages[0].name / "metrics.json").is_file():
+        given = _load_ann(this, stages[0], ann)
 
     def train(stage: Stage) -> None:
         try:
             _train_stage(this, stage, given)
         except EnvironmentFailedError as failure:
-            raise ValueError(f"{failure} (in stage {stage.name}, which goes on from its last checkpoint)") from (
-                failure.__cause__
-            )
+            raise ValueError(
+                f"{stage.name}: {failure}; once that is repaired, the same call goes on from the last checkpoint"
+            ) from failure.__cause__
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise ValueError(
                 f"{stage.name} takes more memory than there is ({one_line(error)}); lower buffer_size, batch_size or "

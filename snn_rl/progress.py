@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from typing import Any
 
 
@@ -71,13 +72,11 @@ def bar(shown: bool, description: str, total: int, unit: str, done: int = 0) -> 
 
     Where tqdm, of the extra ``scripts``, is not installed, there is no bar.
     """
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        shown = False
-    if not shown:
+    if not shown or find_spec("tqdm") is None:
         yield lambda _: None
         return
+    from tqdm import tqdm
+
     with tqdm(total=total, initial=done, desc=description, unit=unit, file=_STDERR, leave=False) as it:
         _bars.append(it)
         try:
