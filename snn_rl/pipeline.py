@@ -193,6 +193,8 @@ def _train_stage(this: Run, stage: Stage, given: DQN | None = None) -> None:
         _learn(this, stage, model, checkpoints)
         history.extra_steps += model.num_timesteps
         history.extra_updates += model._n_updates
+        if (env := model.get_env()) is not None:
+            env.close()  # its processes, too
         if (folder / BEST).is_file():
             model = load_model(this, algorithm_of(stage), folder / BEST)
     if stage.timesteps is None and this.recipe.ann.drop_dead_units:

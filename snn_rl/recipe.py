@@ -172,12 +172,15 @@ class Recipe:
             raise ValueError(
                 f"total_snn_steps must be >= {len(self.schedule)}, one for each stage, got {self.total_snn_steps}"
             )
-        window = snn.burn_in + snn.sequence_length + snn.n_steps
-        window += int(self.env_kwargs.get("frame_stack", 1)) - 1
-        if snn.buffer_size < window * self.num_envs:
+        held, played = self._least_replay()
+        if snn.buffer_size < held:
+            raise ValueError(f"snn.buffer_size must be >= {held}, a window for each environment, got {snn.buffer_size}")
+        needs_play = (snn.distillation_weight and snn.distillation_updates) or (
+            snn.keep_rates and len(self.schedule) > 1
+        )
+        if needs_play and snn.parent_steps < played:
             raise ValueError(
-                f"snn.buffer_size must be >= {window * self.num_envs}, a window for each environment, "
-                f"got {snn.buffer_size}"
+                f"snn.parent_steps must be >= {played}, a window for each environment, got {snn.parent_steps}"
             )
         if not 0 < self.snn.percentile <= 100:
             raise ValueError(f"snn.percentile must lie in (0, 100], got {self.snn.percentile}")
@@ -238,6 +241,12 @@ class Recipe:
             raise ValueError(f"make_env of {self.name} must return a VecEnv of {num_envs} environments, got a {got}")
         return NamedFailures(channels_first(env), f"the environment of {self.name}")
 
+    def _least_replay(self) -> tuple[int, int]:
+        """The least ``snn.buffer_size`` and ``snn.parent_steps``: a window of each environment."""
+        window = self.snn.burn_in + self.snn.sequence_length + self.snn.n_steps
+        older = int(self.env_kwargs.get("frame_stack", 1)) - 1  # frames of its first observation
+        return (window + older) * self.num_envs, (window - 1) * self.num_envs
+
     def snn_steps(self, timesteps: int) -> int:
         """Environment steps of the stage at ``timesteps``, at most."""
         if self.total_snn_steps is not None:
@@ -255,12 +264,13 @@ class Recipe:
         """The same stages with budgets of seconds: every line runs, nothing is learnt."""
         replace = dataclasses.replace
         ann = replace(self.ann, env_steps=SMOKE_STEPS, learning_starts=256, buffer_size=2_000, exploration_steps=256)
+        held, played = self._least_replay()
         snn = replace(
             self.snn,
-            parent_steps=256,
+            parent_steps=max(256, played),
             distillation_updates=4,
             env_steps=256,
-            buffer_size=2_000,
+            buffer_size=max(2_000, held),
             restart_every=min(self.snn.restart_every, 8),
         )
         return replace(
