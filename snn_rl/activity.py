@@ -59,17 +59,20 @@ class Activity:
 
 
 class SpikeCounter:
-    """Running spike counts of a network's LIF layers; filled by `count_spikes`."""
+    """Running spike counts of a network's LIF and max-pooling layers; filled by `count_spikes`."""
 
     def __init__(self, network: SpikingNetwork) -> None:
         self.network = network
-        self.spikes: dict[str, float] = dict.fromkeys(network.lif_layers, 0.0)
+        self.spikes: dict[str, float] = dict.fromkeys([*network.lif_layers, *network.spike_pools], 0.0)
         self.neurons: dict[str, int] = {}  # per observation
-        self.inferences: dict[str, int] = dict.fromkeys(network.lif_layers, 0)
+        self.inferences: dict[str, int] = dict.fromkeys(self.spikes, 0)
         self.counted: np.ndarray | None = None  # (batch,) bool, which of the batch to count; None counts all
 
     def rates(self) -> dict[str, float]:
-        """Spikes per neuron and inference of each layer. Raises ValueError where nothing was counted."""
+        """Spikes per neuron and inference of each LIF layer, and of each max-pooling layer that spikes go through.
+
+        Raises ValueError where nothing was counted.
+        """
         if not all(self.inferences.values()):
             raise ValueError("no spikes were counted: run the network inside `count_spikes` first")
         return {name: n / self.inferences[name] / self.neurons[name] for name, n in self.spikes.items()}
@@ -92,18 +95,34 @@ def count_spikes(network: SpikingNetwork) -> Iterator[SpikeCounter]:
         counter.neurons[name] = math.prod(spikes.shape[2:])
         counter.inferences[name] += spikes.shape[0] // network.timesteps * spikes.shape[1]
 
-    with _at_every_layer(network, count):
+    with _at_every_layer(network, count, pools=True):
         yield counter
 
 
 @contextmanager
-def _at_every_layer(network: SpikingNetwork, look: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Call ``look`` with the name and the spikes (frames * T, batch, ...) of each LIF layer that is run."""
+def _at_every_layer(
+    network: SpikingNetwork, look: Callable[[str, Tensor], None], *, pools: bool = False
+) -> Iterator[None]:
+    """Call ``look`` with the name and the spikes (frames * T, batch, ...) of each LIF layer that is run.
 
-    def hook(name: str) -> Any:
-        return lambda _module, _inputs, output: look(name, output[0])
+    With ``pools``, of each max-pooling layer behind them, too.
+    """
+    batch = 0
 
-    handles = [lif.register_forward_hook(hook(name)) for name, lif in network.lif_layers.items()]
+    def at_lif(name: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: tuple[Tensor, Tensor]) -> None:
+            nonlocal batch
+            batch = output[0].shape[1]
+            look(name, output[0])
+
+        return hook
+
+    def at_pool(name: str) -> Any:  # which sees micro-steps and batch as one dimension
+        return lambda _module, _inputs, output: look(name, output.unflatten(0, (-1, batch)))
+
+    handles = [lif.register_forward_hook(at_lif(name)) for name, lif in network.lif_layers.items()]
+    if pools:
+        handles += [pool.register_forward_hook(at_pool(name)) for name, pool in network.spike_pools.items()]
     try:
         yield
     finally:
@@ -151,7 +170,7 @@ def activity(
 
     Args:
         network: a converted network.
-        rates: spikes per neuron and inference of each LIF layer, from `count_spikes`.
+        rates: spikes per neuron and inference of each layer, from `count_spikes`.
         observation_shape: of one observation, without the batch.
         persistent: membranes survive from frame to frame, and so are read and written at every micro-step; where they
             are cleared, the first step has none to read and the last none to write.
@@ -160,10 +179,11 @@ def activity(
     Memory accesses: a synapse reads each weight once per micro-step (the first synapse, and the ANN, once per frame).
 
     Raises:
-        ValueError: rates that do not name the network's LIF layers.
+        ValueError: rates that do not name the network's LIF layers and the max-pooling layers behind them.
     """
-    if set(rates) != set(network.lif_layers):
-        raise ValueError(f"rates must name the LIF layers {sorted(network.lif_layers)}, got {sorted(rates)}")
+    expected = {**network.lif_layers, **network.spike_pools}
+    if set(rates) != set(expected):
+        raise ValueError(f"rates must name the LIF layers and spike pools {sorted(expected)}, got {sorted(rates)}")
     synapses, neurons = _synapses(network, rates, observation_shape)
     steps = network.timesteps
     ann_ops = sum(s.ops for s in synapses)
@@ -176,7 +196,7 @@ def activity(
     membranes = sum(neurons.values()) * 2 * (steps if persistent else steps - 1)
     return Activity(
         mean=sum(rates[name] * n for name, n in neurons.items()) / sum(neurons.values()),
-        layers=dict(rates),
+        layers={name: rates[name] for name in network.lif_layers},
         ann_ops=ann_ops,
         snn_ops=dense + additions,
         ann_over_snn=energy_ann / energy_snn,
@@ -213,6 +233,8 @@ def _synapses(
                 return x
             # a sum carries the spikes of both branches; where one is analogue, so is the sum
             rate[n] = None if not incoming or None in incoming else sum(r for r in incoming if r is not None)
+            if str(n.target) in network.spike_pools:
+                rate[n] = rates[str(n.target)]
             out: Any = super().run_node(n) if n.op != "output" else None
             if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
                 fan_in = module.weight[0].numel()

@@ -8,64 +8,33 @@ its threshold as well, so that every threshold starts at 1: the same spikes, bet
 
 from __future__ import annotations
 
-import copy
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+from torch.utils.data import DataLoader, Dataset
 
-from snn_rl.network import FrameDropout, Gain, SpikingNetwork
-from snn_rl.neuron import LIF
+from snn_rl.graph import first_line, prepare
+from snn_rl.layers import SYNAPSES
+from snn_rl.network import Gain, NetworkGraph, SpikingNetwork, check_timesteps
+from snn_rl.plain import evaluation_copy
 from snn_rl.scan import MIN_THRESHOLD
 
 DEFAULT_LEAK = 0.9
 DEFAULT_PERCENTILE = 90.0
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-SYNAPSES = (nn.Linear, *CONVOLUTIONS)
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-POOLINGS = (
-    nn.AvgPool1d,
-    nn.AvgPool2d,
-    nn.AvgPool3d,
-    nn.AdaptiveAvgPool1d,
-    nn.AdaptiveAvgPool2d,
-    nn.AdaptiveAvgPool3d,
-)
-POOLING_FUNCTIONS = (
-    F.avg_pool1d,
-    F.avg_pool2d,
-    F.avg_pool3d,
-    F.adaptive_avg_pool1d,
-    F.adaptive_avg_pool2d,
-    F.adaptive_avg_pool3d,
-)
-RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
-ADDITIONS = (operator.add, operator.iadd, torch.add)
 MAX_CALIBRATION_VALUES = 2**21  # kept per layer, of all batches; more are sampled without bias
+CHECKED = 64  # samples on which the traced network is compared with the ANN
 
-WAY_OUT = {
-    "MaxPool": "use average pooling or a stride in its place",
-    "max_pool": "use average pooling or a stride in its place",
-    "BatchNorm": "place it right behind a Linear or Conv layer whose output goes nowhere else",
-    "GELU": "train the ANN with ReLU",
-    "LSTM": "the membranes are the memory: leave it out",
-    "cat": "add the branches instead",
-}
-DEFAULT_WAY_OUT = (
-    "use Linear, Conv, BatchNorm, average pooling, Flatten, Dropout, ReLU and additions, or keep it outside the network"
-)
+Calibration = np.ndarray | Tensor | Iterable[np.ndarray | Tensor]
 
 
 def to_spiking(
     ann: nn.Module,
-    calibration: np.ndarray | Tensor | Iterable[np.ndarray | Tensor],
+    calibration: Calibration,
     percentile: float = DEFAULT_PERCENTILE,
     timesteps: int = 5,
     *,
@@ -76,9 +45,12 @@ def to_spiking(
     """Convert a trained ReLU network; returns a new network and leaves ``ann`` as it was.
 
     Args:
-        ann: any network that torch.fx can trace, of Linear, Conv, BatchNorm, average pooling, Flatten, Dropout, ReLU
-            (module, function or method) and additions, with one input and one output.
-        calibration: inputs of shape (samples, ...) as the ANN takes them, or an iterable of such batches.
+        ann: any network that torch.fx can trace, of Linear, Conv, BatchNorm, pooling, Flatten, Dropout, ReLU (module,
+            function or method) and additions, with one input and one output. It is converted as it computes in
+            evaluation mode. Weights that are computed at each call (weight norm, spectral norm, other
+            parametrizations, pruning masks) are stored as they are now; shared parameters become separate ones.
+        calibration: inputs of shape (samples, ...) as the ANN takes them, or an iterable of such batches. A
+            ``DataLoader`` may yield tuples: the first entry is the input.
         percentile: the threshold of a layer is this percentile, in (0, 100], of its ReLU's input.
         timesteps: T, the micro-steps per frame.
         leak: initial leak of every LIF layer.
@@ -88,18 +60,22 @@ def to_spiking(
     Where a percentile is not positive (a ReLU whose input mostly is not), it is taken over the positive inputs alone,
     and is 1 where there are none.
 
+    Max pooling converts where it stands right behind a ReLU or right in front of one. The maximum of spikes is a
+    logical OR at each micro-step. At T = 1 that is exactly the maximum of the neurons' outputs. At T > 1 the neurons
+    may fire at different micro-steps, so the pooled rate lies between the maximum of their rates and the sum.
+
     Raises:
-        ValueError: a node that cannot be converted, by name and with the way out; calibration data that is empty, not
-            finite or does not fit the network; percentile, timesteps or leak out of range.
+        ValueError: a node that cannot be converted, by name and with the way out; a network that computes something
+            else on the calibration data than its traced graph does; calibration data that is empty, not finite or does
+            not fit the network; percentile, timesteps or leak out of range.
     """
     if not (0.0 < percentile <= 100.0):
         raise ValueError(f"percentile must lie in (0, 100], got {percentile}")
-    graph, lif_nodes = _prepare(ann, leak=leak, leak_reset=leak_reset)
-    # A bad T is refused before the calibration data, which may be long, is run.
-    check = SpikingNetwork(graph, timesteps).timesteps
-    thresholds = _calibrate(graph, lif_nodes, calibration, percentile)
+    check_timesteps(timesteps)  # before the calibration data, which may be long, is run
+    graph, lif_nodes = prepare(ann, leak=leak, leak_reset=leak_reset)
+    thresholds = _calibrate(ann, graph, lif_nodes, calibration, percentile)
     _scale(graph, thresholds, rescale=rescale)
-    return SpikingNetwork(graph, check).train(ann.training)
+    return SpikingNetwork(graph, timesteps).train(ann.training)
 
 
 def spiking_architecture(
@@ -109,245 +85,18 @@ def spiking_architecture(
 
     What a policy is built from before weights are trained or loaded. Raises ValueError as `to_spiking` does.
     """
-    graph, lif_nodes = _prepare(ann, leak=leak, leak_reset=leak_reset)
+    graph, lif_nodes = prepare(ann, leak=leak, leak_reset=leak_reset)
     _scale(graph, dict.fromkeys(lif_nodes, 1.0), rescale=True)
     return SpikingNetwork(graph, timesteps).train(ann.training)
-
-
-# --- the graph ----------------------------------------------------------------------------------------------------
-
-
-def _prepare(ann: nn.Module, *, leak: float, leak_reset: bool) -> tuple[fx.GraphModule, list[fx.Node]]:
-    """Trace a copy of ``ann``, bring every node to one spelling, fuse batch-norm, put LIF layers for ReLUs."""
-    try:
-        graph = fx.symbolic_trace(copy.deepcopy(ann).eval())
-    except Exception as error:  # tracing runs the user's own forward: whatever it raises, the reason is the same
-        raise ValueError(
-            f"cannot trace {type(ann).__name__}: {_first_line(error)}; "
-            "its forward must not branch on values or shapes of its input"
-        ) from error
-    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    if len(placeholders) != 1:
-        raise ValueError(f"the network must have exactly one input, got {[node.name for node in placeholders]}")
-    _refuse_overwritten(graph)
-    graph.graph.eliminate_dead_code()
-    _fuse_batch_norm(graph)
-    # Found before any is replaced: one ReLU module may serve several nodes, each of which gets its own LIF layer.
-    lif_nodes = [node for node in graph.graph.nodes if _is_relu(graph, node)]
-    seen: dict[str, str] = {}
-    for node in list(graph.graph.nodes):
-        if node in lif_nodes:
-            name = _free_name(graph, node)
-            graph.add_submodule(name, LIF(leak=leak, leak_reset=leak_reset))
-            _call_module(node, name, node.all_input_nodes[0])
-        else:
-            _normalise(graph, node, seen)
-    if not lif_nodes:
-        raise ValueError("the network has no ReLU, so there is nothing to convert to LIF layers")
-    graph.graph.eliminate_dead_code()
-    graph.delete_all_unused_submodules()
-    graph.recompile()
-    return graph, lif_nodes
-
-
-def _refuse_overwritten(graph: fx.GraphModule) -> None:
-    """Refuse an operation in place whose operand is read again: what conversion puts for it is not in place."""
-    memory: dict[fx.Node, fx.Node] = {}  # of each node: the node whose memory it may share
-    overwritten: dict[fx.Node, tuple[fx.Node, set[fx.Node]]] = {}  # memory -> the operation, and all that it made stale
-    for node in graph.graph.nodes:
-        for source in node.all_input_nodes:
-            by, stale = overwritten.get(memory[source], (None, set()))
-            if by is not None and source in stale:
-                raise ValueError(
-                    f"cannot convert node {by.name!r}: it changes {source.name!r} in place, which node {node.name!r} "
-                    "reads afterwards; use the operation that returns a new tensor"
-                )
-        memory[node] = memory[node.args[0]] if _may_share_memory(graph, node) else node
-        if _is_in_place(graph, node):
-            root = memory[node]
-            overwritten[root] = (node, {other for other, of in memory.items() if of is root and other is not node})
-
-
-def _is_in_place(graph: fx.GraphModule, node: fx.Node) -> bool:
-    if node.op == "call_module":
-        return bool(getattr(graph.get_submodule(str(node.target)), "inplace", False))
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    is_named_so = name == "iadd" or (name.endswith("_") and not name.endswith("__"))
-    return node.op in ("call_function", "call_method") and (is_named_so or bool(node.kwargs.get("inplace", False)))
-
-
-def _may_share_memory(graph: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether the output may be the first operand's memory: changed in place, viewed, or handed through."""
-    if not (node.args and isinstance(node.args[0], fx.Node)):
-        return False
-    if _is_in_place(graph, node):
-        return True
-    if node.op == "call_module":
-        return isinstance(graph.get_submodule(str(node.target)), (nn.Flatten, nn.Identity, *DROPOUTS))
-    return node.target in ("view", "reshape", "flatten", "contiguous", torch.flatten, torch.reshape, F.dropout)
-
-
-def _fuse_batch_norm(graph: fx.GraphModule) -> None:
-    modules = dict(graph.named_modules())
-    calls: dict[str, int] = {}
-    for node in graph.graph.nodes:
-        if node.op == "call_module":
-            calls[node.target] = calls.get(node.target, 0) + 1
-    for node in list(graph.graph.nodes):
-        if not (node.op == "call_module" and isinstance(modules[node.target], BATCH_NORMS)):
-            continue
-        source = node.args[0]
-        norm = modules[node.target]
-        if source.op != "call_module" or len(source.users) > 1 or calls[source.target] > 1 or calls[node.target] > 1:
-            raise _refusal(graph, node)
-        if norm.running_mean is None:
-            raise ValueError(
-                f"cannot convert node {node.name!r}: batch-norm without running statistics cannot be fused; "
-                "build it with track_running_stats=True"
-            )
-        synapse = modules[source.target]
-        if isinstance(synapse, CONVOLUTIONS):
-            fused: nn.Module = fuse_conv_bn_eval(synapse, norm)
-        elif isinstance(synapse, nn.Linear):
-            fused = fuse_linear_bn_eval(synapse, norm)
-        else:
-            raise _refusal(graph, node)
-        graph.set_submodule(source.target, fused)
-        node.replace_all_uses_with(source)
-        graph.graph.erase_node(node)
-
-
-def _normalise(graph: fx.GraphModule, node: fx.Node, seen: dict[str, str]) -> None:
-    """Leave a node that time can be folded into as it is, bring its other spellings to that, refuse the rest."""
-    if node.op in ("placeholder", "output") or _is_batch_size(node):
-        if node.op == "output" and not isinstance(node.args[0], fx.Node):
-            raise ValueError("the network must return one tensor, not a tuple or dict; convert the part that does")
-        return None
-    source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
-    if source is None:
-        raise _refusal(graph, node)
-    others = [arg for arg in node.all_input_nodes if arg is not source]
-    if node.op == "call_module":
-        module = graph.get_submodule(str(node.target))
-        if isinstance(module, SYNAPSES):
-            if seen.setdefault(str(node.target), node.name) != node.name:
-                raise ValueError(
-                    f"cannot convert node {node.name!r}: layer {node.target!r} is used twice; "
-                    "give each use its own layer"
-                )
-            return None
-        if isinstance(module, POOLINGS) or (isinstance(module, nn.Flatten) and _keeps_batch(module.start_dim)):
-            return None
-        if isinstance(module, DROPOUTS):
-            if not isinstance(module, nn.Dropout):
-                raise ValueError(f"cannot convert node {node.name!r} ({type(module).__name__}): use nn.Dropout")
-            name = f"{node.name}_frame"
-            graph.add_submodule(name, FrameDropout(module.p))
-            return _call_module(node, name, source)
-        if isinstance(module, nn.Identity):
-            return _drop(node, source)
-        raise _refusal(graph, node)
-    name = str(node.target) if node.op == "call_method" else ""
-    if name in ("contiguous", "clone"):
-        return _drop(node, source)
-    if node.target in ADDITIONS or name in ("add", "add_", "__add__"):
-        terms = [arg for arg in node.args if isinstance(arg, fx.Node)]
-        if len(terms) != 2 or len(node.args) != 2 or node.kwargs:
-            raise ValueError(
-                f"cannot convert node {node.name!r}: only the sum of two signals can be; fold constants into a bias"
-            )
-        return _call_function(node, operator.add, *terms)
-    if node.target is F.dropout or node.target is torch.dropout:
-        p = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
-        training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True)
-        # traced in evaluation mode: `training=self.training` reads False here, a literal True was meant as such
-        if training is True:
-            raise ValueError(
-                f"cannot convert node {node.name!r}: dropout that is always on; pass training=self.training"
-            )
-        graph.add_submodule(f"{node.name}_frame", FrameDropout(float(p)))  # type: ignore[arg-type]
-        return _call_module(node, f"{node.name}_frame", source)
-    if node.target in POOLING_FUNCTIONS:
-        return None
-    if node.target is torch.flatten or name == "flatten":
-        start = node.kwargs.get("start_dim", node.args[1] if len(node.args) > 1 else 0)
-        if _keeps_batch(start):
-            args = (start, *node.args[2:]) if len(node.args) > 1 else ()
-            return _call_function(node, torch.flatten, source, *args, **node.kwargs)
-    if name in ("view", "reshape") or node.target is torch.reshape:
-        sizes = node.args[1:]
-        if len(sizes) == 1 and isinstance(sizes[0], tuple | list):
-            sizes = tuple(sizes[0])
-        # (batch, -1) and (-1, features): a flatten in disguise. The calibration run checks that the batch survives.
-        if len(sizes) == 2 and (sizes[1] == -1 or sizes[0] == -1) and all(_is_batch_size(n) for n in others):
-            return _call_function(node, torch.flatten, source, 1)
-    if name == "mean" or node.target is torch.mean:
-        dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
-        dims = (dims,) if isinstance(dims, int) else dims
-        if isinstance(dims, tuple | list) and all(isinstance(d, int) and _keeps_batch(d) for d in dims):
-            keepdim = bool(node.kwargs.get("keepdim", node.args[2] if len(node.args) > 2 else False))
-            return _call_function(node, torch.mean, source, tuple(dims), keepdim)
-    raise _refusal(graph, node)
-
-
-def _is_relu(graph: fx.GraphModule, node: fx.Node) -> bool:
-    if node.op == "call_module":
-        return type(graph.get_submodule(str(node.target))) is nn.ReLU
-    if node.op == "call_function":
-        return node.target in RELU_FUNCTIONS
-    return node.op == "call_method" and node.target in ("relu", "relu_")
-
-
-def _is_batch_size(node: fx.Node) -> bool:
-    """``x.size(0)``, ``x.shape[0]`` and the ``x.shape`` in it: integers that only a reshape may use."""
-    if node.op == "call_method" and node.target == "size":
-        return tuple(node.args[1:]) in ((0,), ())
-    if node.target is getattr:
-        return bool(node.args[1] == "shape")
-    is_first = bool(node.target is operator.getitem and node.args[1] == 0)
-    return is_first and all(map(_is_batch_size, node.all_input_nodes))
-
-
-def _keeps_batch(dim: object) -> bool:
-    # negative dimensions cannot be told from the batch without the rank, but -1 never is the batch of a flat input
-    return isinstance(dim, int) and dim != 0
-
-
-def _free_name(graph: fx.GraphModule, node: fx.Node) -> str:
-    """The node's own name for its LIF layer, unless the network uses it for something else than that ReLU."""
-    name = node.name
-    while hasattr(graph, name) and type(getattr(graph, name)) is not nn.ReLU:
-        name += "_lif"
-    return name
-
-
-def _call_module(node: fx.Node, name: str, source: fx.Node) -> None:
-    node.op, node.target, node.args, node.kwargs = "call_module", name, (source,), {}
-
-
-def _call_function(node: fx.Node, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    node.op, node.target, node.args, node.kwargs = "call_function", function, args, kwargs
-
-
-def _drop(node: fx.Node, source: fx.Node) -> None:
-    node.replace_all_uses_with(source)
-    node.graph.erase_node(node)
-
-
-def _refusal(graph: fx.GraphModule, node: fx.Node) -> ValueError:
-    what = type(graph.get_submodule(str(node.target))).__name__ if node.op == "call_module" else ""
-    what = what or getattr(node.target, "__name__", str(node.target))
-    way_out = next((hint for key, hint in WAY_OUT.items() if key in what), DEFAULT_WAY_OUT)
-    return ValueError(f"cannot convert node {node.name!r} ({what}): {way_out}")
 
 
 # --- calibration --------------------------------------------------------------------------------------------------
 
 
 class _Recorder(fx.Interpreter):
-    """Run the graph as the ANN it was, keeping a sample of what enters each ReLU."""
+    """Run the graph as the ANN that it was, keeping a sample of what enters each ReLU."""
 
-    def __init__(self, graph: fx.GraphModule, lif_nodes: list[fx.Node]) -> None:
+    def __init__(self, graph: NetworkGraph, lif_nodes: list[fx.Node]) -> None:
         super().__init__(graph)
         self.samples: dict[fx.Node, list[np.ndarray]] = {node: [] for node in lif_nodes}
         self.fraction = dict.fromkeys(lif_nodes, 1.0)  # of all values, that are kept
@@ -379,16 +128,19 @@ class _Recorder(fx.Interpreter):
 
 
 def _calibrate(
-    graph: fx.GraphModule,
-    lif_nodes: list[fx.Node],
-    calibration: np.ndarray | Tensor | Iterable[np.ndarray | Tensor],
-    percentile: float,
+    ann: nn.Module, graph: NetworkGraph, lif_nodes: list[fx.Node], calibration: Calibration, percentile: float
 ) -> dict[fx.Node, float]:
     recorder = _Recorder(graph, lif_nodes)
     parameter = next(graph.parameters())
-    batches = [calibration] if isinstance(calibration, np.ndarray | Tensor) else calibration
-    for index, batch in enumerate(batches):
-        x = torch.as_tensor(batch)
+    first: tuple[Tensor, Tensor] | None = None  # inputs, and what the traced network makes of them
+    for index, batch in enumerate(_batches(calibration)):
+        try:
+            x = torch.as_tensor(batch)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"calibration batch {index} must be an array or a tensor, got {type(batch).__name__}; "
+                "pass the inputs alone, such as (x for x, _ in loader)"
+            ) from error
         if x.dim() < 1 or x.numel() == 0:
             raise ValueError(f"calibration batch {index} must be (samples >= 1, ...), got shape {tuple(x.shape)}")
         x = x.to(device=parameter.device, dtype=parameter.dtype)
@@ -397,14 +149,46 @@ def _calibrate(
         recorder.batch = x.shape[0]
         try:
             with torch.no_grad():
-                recorder.run(x)
+                out = recorder.run(x)
         except RuntimeError as error:
             raise ValueError(
-                f"calibration batch {index} of shape {tuple(x.shape)} does not fit the network: {_first_line(error)}"
+                f"calibration batch {index} of shape {tuple(x.shape)} does not fit the network: {first_line(error)}"
             ) from error
-    if not recorder.samples[lif_nodes[0]]:
+        first = first or (x[:CHECKED].clone(), out[:CHECKED])
+    if first is None:
         raise ValueError("calibration must hold at least one batch, got none; an iterator can be used only once")
-    return {node: _threshold(np.concatenate(values), percentile, node) for node, values in recorder.samples.items()}
+    thresholds = {n: _threshold(np.concatenate(values), percentile, n) for n, values in recorder.samples.items()}
+    _check_traced(ann, *first)
+    return thresholds
+
+
+def _batches(calibration: Calibration) -> Iterator[Any]:
+    if isinstance(calibration, np.ndarray | Tensor):
+        yield calibration
+        return
+    if isinstance(calibration, Dataset) or not isinstance(calibration, Iterable):
+        raise ValueError(
+            "calibration must be an array, a tensor, a DataLoader or an iterable of batches, got "
+            f"{type(calibration).__name__}"
+        )
+    for batch in calibration:
+        is_pair = isinstance(calibration, DataLoader) and isinstance(batch, tuple | list) and len(batch) > 0
+        yield batch[0] if is_pair else batch
+
+
+def _check_traced(ann: nn.Module, x: Tensor, traced: Tensor) -> None:
+    """Refuse a network whose own forward computes something else than its traced graph: what tracing did not see."""
+    with torch.no_grad():
+        expected = evaluation_copy(ann)(x)
+    # Folding batch-norm rounds; what tracing misses changes whole digits.
+    tolerance = 3 * torch.finfo(expected.dtype).eps ** 0.5 * expected.abs().max().item()
+    error = (traced - expected).abs().max().item()
+    if not error <= tolerance:
+        raise ValueError(
+            f"the traced network's output differs from that of {type(ann).__name__} by {error:.3g} on the calibration "
+            "data: its forward uses random numbers, memory of earlier calls or weights that tracing does not see; "
+            "convert the part that has none of these"
+        )
 
 
 def _threshold(inputs: np.ndarray, percentile: float, node: fx.Node) -> float:
@@ -417,16 +201,12 @@ def _threshold(inputs: np.ndarray, percentile: float, node: fx.Node) -> float:
     return threshold
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 # --- scales -------------------------------------------------------------------------------------------------------
 
 UNIT = "unit"  # the scale of the input and of the output: 1 stands for 1
 
 
-def _scale(graph: fx.GraphModule, thresholds: dict[fx.Node, float], *, rescale: bool) -> None:
+def _scale(graph: NetworkGraph, thresholds: dict[fx.Node, float], *, rescale: bool) -> None:
     """Fold the meaning of a spike, and with ``rescale`` every threshold, into weights; add gains where there are none.
 
     Each signal has a scale: the ANN's value that a 1 on it stands for. A LIF layer with threshold v emits on scale v.
@@ -456,7 +236,7 @@ def _scale(graph: fx.GraphModule, thresholds: dict[fx.Node, float], *, rescale: 
         if scale[source] == target:
             return
         name = f"gain_{source.name}_{node.name}"
-        graph.add_submodule(name, Gain(scale_of[scale[source]] / scale_of[target]))
+        graph.add_module(name, Gain(scale_of[scale[source]] / scale_of[target]))
         with graph.graph.inserting_before(node):
             gain = graph.graph.call_module(name, (source,))
         scale[gain] = target
@@ -488,8 +268,7 @@ def _scale(graph: fx.GraphModule, thresholds: dict[fx.Node, float], *, rescale: 
             scale[node] = scale[node.all_input_nodes[0]]
     parameter = next(graph.parameters())
     graph.to(device=parameter.device, dtype=parameter.dtype)
-    graph.recompile()
 
 
-def _is_synapse(graph: fx.GraphModule, node: fx.Node) -> bool:
+def _is_synapse(graph: NetworkGraph, node: fx.Node) -> bool:
     return node.op == "call_module" and isinstance(graph.get_submodule(str(node.target)), SYNAPSES)

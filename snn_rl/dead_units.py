@@ -19,6 +19,7 @@ from stable_baselines3.common.torch_layers import FlattenExtractor, NatureCNN
 from torch import Tensor, nn
 
 from snn_rl.dqn import ConvExtractor, SpikingDQNPolicy
+from snn_rl.dqn.policy import check_forwards
 
 # A unit that fewer of the observations activate. Not 0: the first stacks of an episode lack frames and, as nothing else
 # does, activate some that are dead in all of the play.
@@ -34,14 +35,15 @@ def without_dead_units(dqn: DQN, observations: Iterable[np.ndarray]) -> DQN:
     others are zero. What is returned shares environment, replay and logger with ``dqn``, and has its own optimiser.
 
     Raises:
-        ValueError: no observation, no DQN or one that spikes, or a network that is not ReLUs behind a `ConvExtractor`,
-            SB3's ``NatureCNN``, which becomes one, or flattened observations.
+        ValueError: no observation, no DQN or one that spikes, a Q-network with a forward of its own, or a network that
+            is not ReLUs behind a `ConvExtractor`, SB3's ``NatureCNN``, which becomes one, or flattened observations.
     """
     if not isinstance(dqn, DQN):
         raise ValueError(f"without_dead_units takes a stable_baselines3.DQN, got a {type(dqn).__name__}")
     if isinstance(dqn.policy, SpikingDQNPolicy):
         raise ValueError("the agent spikes already; leave dead units out of its ANN, before SpikingDQN.from_ann")
     policy = dqn.policy
+    check_forwards(policy)
     extractor = policy.q_net.features_extractor
     # exactly these: what a subclass does in its own forward would be lost
     if type(extractor) not in (ConvExtractor, NatureCNN, FlattenExtractor) or policy.activation_fn is not nn.ReLU:

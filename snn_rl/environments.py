@@ -8,10 +8,10 @@ from typing import TypeVar
 
 import gymnasium as gym
 import numpy as np
-from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecTransposeImage, is_vecenv_wrapped
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
+from snn_rl.dqn.spaces import channels_first
 from snn_rl.progress import one_line
 
 Result = TypeVar("Result")
@@ -21,15 +21,11 @@ class EnvironmentFailedError(ValueError):
     """An environment raised an error, which is the ``__cause__``."""
 
 
-def channels_first(env: VecEnv) -> VecEnv:
-    """``env`` with its images transposed to (channels, height, width), where SB3's algorithms transpose them too.
-
-    These are uint8 images in [0, 255] whose first axis is not the shortest.
-    """
+def transposed(env: VecEnv) -> VecEnv:
+    """``env`` with its images channels first, where SB3's algorithms would transpose them."""
     space = env.observation_space
-    if is_vecenv_wrapped(env, VecTransposeImage) or not is_image_space(space):
-        return env
-    return env if is_image_space_channels_first(space) else VecTransposeImage(env)  # type: ignore[arg-type]
+    done = is_vecenv_wrapped(env, VecTransposeImage) or channels_first(space) == space
+    return env if done else VecTransposeImage(env)
 
 
 class NamedFailures(VecEnvWrapper):

@@ -19,7 +19,7 @@ from stable_baselines3.common.vec_env import (
 )
 
 from snn_rl.activity import Activity, SpikeCounter, activity, count_spikes
-from snn_rl.environments import channels_first
+from snn_rl.environments import transposed
 from snn_rl.network import SpikingNetwork
 from snn_rl.policy_file import LoadedPolicy
 from snn_rl.progress import bar
@@ -83,7 +83,7 @@ def evaluate(
         if value < 1:
             raise ValueError(f"{name} must be >= 1, got {value}")
     if agent.observation_space != env.observation_space:
-        env = channels_first(env)
+        env = transposed(env)
     for name in ("observation_space", "action_space"):
         ours, theirs = getattr(agent, name), getattr(env, name)
         if ours != theirs:

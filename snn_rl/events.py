@@ -9,26 +9,28 @@ in another order.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numba
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from snn_rl.network import FrameDropout, SpikingNetwork
-from snn_rl.neuron import LIF
+from snn_rl.scan import MIN_THRESHOLD
 from snn_rl.scan._cpu import compiled, pointer
 
-# Weights are laid out anew after a change, which takes as long as some frames do: not while they are being trained.
+# Weights are copied anew after a change, which takes as long as some frames do: not while they are being trained.
 CALLS_BEFORE_LAYOUT = 8
 
 # A synapse is a row of integers: the shapes of its images (height, width, channels), its kernel, and where its weights
-# and biases lie. To a Linear layer the image is one pixel. ACROSS is how many outputs of a line an input reaches.
+# and biases lie. To a Linear layer the image is one pixel; FLAT is the number of pixels, which come channel by channel.
+# ACROSS is how many outputs of a line an input reaches.
 (
-    IN_H, IN_W, IN_C, OUT_H, OUT_W, OUT_C, KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, PAD_H, PAD_W, ACROSS, WEIGHT, BIAS,
-) = range(15)  # fmt: skip
+    IN_H, IN_W, IN_C, OUT_H, OUT_W, OUT_C, KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, PAD_H, PAD_W, ACROSS, FLAT, WEIGHT,
+    BIAS,
+) = range(16)  # fmt: skip
 
 
 @compiled(fastmath={"reassoc", "contract"})
@@ -93,15 +95,25 @@ def _fire(current: Any, carry: Any, events: Any, v: Any, leak: Any, reset: Any) 
 
 
 @compiled()
+def _channel_by_channel(events: Any, channels: int, pixels: int) -> None:
+    """Indices into an image (pixels, channels), in place, as indices into (channels, pixels)."""
+    for k in range(events.size):
+        pixel, c = divmod(events[k], channels)
+        events[k] = c * pixels + pixel
+
+
+@compiled()
 def _frames(
     current_0: Any, synapses: Any, lifs: Any, carries: Any, current_i: Any, events: Any, out: Any, steps: int
 ) -> None:
     """What the first synapse makes of a frame, ``current_0`` (batch, ...), -> ``out`` (batch, ...).
 
-    ``synapses`` are those behind LIF layers, ``lifs`` the threshold, leak and reset of the layers before them,
-    ``carries`` the addresses of their carries (batch, ...), which are changed in place. The rest is scratch.
+    ``synapses`` are those behind LIF layers. ``lifs`` holds the addresses of threshold and leak of the layers before
+    them, and whether their reset leaks; ``carries`` the addresses of their carries (batch, ...), which are changed in
+    place. The rest is scratch.
     """
     per_step = out.dtype.type(1) / out.dtype.type(steps)
+    zero, one, least = out.dtype.type(0), out.dtype.type(1), out.dtype.type(MIN_THRESHOLD)
     for b in range(len(current_0)):
         total = out[b]
         total[:] = 0
@@ -109,8 +121,14 @@ def _frames(
             current = current_0[b]
             for i in range(len(synapses)):
                 carry = numba.carray(pointer(carries[i], per_step), (len(current_0), current.size))[b]
-                fired = events[: _fire(current, carry, events, lifs[i, 0], lifs[i, 1], lifs[i, 2])]
+                v = numba.carray(pointer(lifs[i, 0], per_step), 1)[0]
+                leak = numba.carray(pointer(lifs[i, 1], per_step), 1)[0]
+                v = least if v < least else v  # as `bounded_threshold` and `bounded_leak`
+                leak = zero if leak < zero else one if leak > one else leak
+                fired = events[: _fire(current, carry, events, v, leak, v * leak if lifs[i, 2] else v)]
                 row = synapses[i]
+                if row[FLAT] > 1:
+                    _channel_by_channel(fired, current.size // row[FLAT], row[FLAT])
                 channels, pixels = row[OUT_C], row[OUT_H] * row[OUT_W]
                 inputs = row[KERNEL_H] * row[STRIDE_W] * row[IN_C] * row[ACROSS]
                 weight = numba.carray(pointer(row[WEIGHT], per_step), (inputs, channels))
@@ -128,20 +146,21 @@ def _frames(
             total[j] = total[j] * per_step + bias[j]
 
 
-def _count_as_changed(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Fused optimisers change parameters without counting it in their versions, by which `EventDriven` knows of it."""
-    for group in optimizer.param_groups:
-        if group.get("fused"):
-            torch.autograd.graph.increment_version(group["params"])
-
-
-register_optimizer_step_post_hook(_count_as_changed)
+@compiled()
+def _differ(a: Any, b: Any) -> int:
+    """In how many numbers two arrays differ."""
+    count = 0
+    for j in range(a.size):
+        count += a[j] != b[j]
+    return count
 
 
 class EventDriven:
     """Runs frames of a `SpikingNetwork` that is a chain: Linear or Conv2d, LIF, and so on, a Linear layer last.
 
-    Parameters changed through ``.data`` are seen once the network was in training mode, all other changes at once.
+    It acts by the weights as they are, however they were written. Biases, thresholds and leaks are read where they are
+    stored. Weights are copied into another order, and compared with their copies before each frame. Behind
+    convolutions, Linear layers are too large for that: their weights are stored column by column, and read there.
 
     Raises:
         ValueError: a network of another form.
@@ -150,13 +169,14 @@ class EventDriven:
     def __init__(self, network: SpikingNetwork) -> None:
         self.network = network
         self.synapses = _chain(network)
+        for before, synapse in pairwise(self.synapses):
+            if isinstance(synapse, nn.Linear) and isinstance(before, nn.Conv2d):
+                synapse.weight.data = synapse.weight.data.t().contiguous().t()
         self._modules = list(network.modules())
         self._owners = [
             (m._parameters, name) for m in self._modules for name, p in m._parameters.items() if p is not None
         ]
-        self._seen: list[Any] = []  # the parameters of this version, so that no others can have their identities
-        self._version: list[tuple[int, int, int]] = []
-        self._calls = 0  # at this version of the parameters
+        self._waited = 0  # calls without a layout
         self._layout: _Layout | None = None
 
     def __reduce__(self) -> tuple[type[EventDriven], tuple[SpikingNetwork]]:
@@ -165,19 +185,15 @@ class EventDriven:
     def ready(self) -> bool:
         """Whether the next frame is to run here: in single precision on the CPU, weights have rested, none watches."""
         if self.network.training:
-            self._version, self._layout = [], None
             return False
         parameters = [of[name] for of, name in self._owners]
-        try:
-            version = [(id(p), p.data_ptr(), p._version) for p in parameters]  # type: ignore[union-attr]
-        except RuntimeError:  # tensors of inference mode have no version
-            return False
-        if version != self._version:
-            self._seen, self._version, self._calls, self._layout = parameters, version, 0, None
-            self._fits = all(p.device.type == "cpu" and p.dtype == torch.float32 for p in parameters)  # type: ignore[union-attr]
-        self._calls += 1
-        if not self._fits or self._calls <= CALLS_BEFORE_LAYOUT:
-            return False
+        layout = self._layout
+        if layout is not None and not layout.holds(parameters):
+            self._layout, self._waited = None, 0
+        if self._layout is None:
+            self._waited += 1
+            if self._waited <= CALLS_BEFORE_LAYOUT or not all(p is None or _fits(p) for p in parameters):
+                return False
         return not any(m._forward_hooks or m._forward_pre_hooks for m in self._modules)
 
     def __call__(
@@ -193,7 +209,8 @@ class EventDriven:
         batch = len(current)
         layout = self._layout  # read once: in another thread `ready` may drop it
         if layout is None:
-            layout = self._layout = _Layout(self.network, self.synapses[1:], current.shape[1:])
+            parameters = [of[name] for of, name in self._owners]
+            layout = self._layout = _Layout(self.network, self.synapses[1:], parameters, current.shape[1:])
         current_0 = np.ascontiguousarray(_channels_last(current.numpy())).reshape(batch, -1)
         carries = [np.zeros((batch, *shape), np.float32) for shape in layout.carry_shapes]
         if state is not None:
@@ -222,41 +239,91 @@ def _channels_first(x: np.ndarray) -> np.ndarray:
     return x.transpose(0, 3, 1, 2) if x.ndim == 4 else x
 
 
+def _is_channels_last(weight: Tensor) -> bool:
+    return weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def _by_column(weight: Tensor) -> bool:
+    """Whether the weights of an input of a Linear layer lie side by side."""
+    return weight.t().is_contiguous()
+
+
+def _fits(parameter: Tensor) -> bool:
+    """Whether a parameter is single precision on the CPU, in one of the orders that are read here."""
+    if parameter.device.type != "cpu" or parameter.dtype != torch.float32:
+        return False
+    by_column = parameter.dim() == 2 and _by_column(parameter)
+    return parameter.is_contiguous() or by_column or _is_channels_last(parameter)
+
+
 class _Layout:
     """The synapses behind LIF layers as `_frames` reads them: the weights of one input side by side."""
 
-    def __init__(self, network: SpikingNetwork, synapses: list[nn.Linear | nn.Conv2d], shape: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        network: SpikingNetwork,
+        synapses: list[nn.Linear | nn.Conv2d],
+        parameters: Sequence[Tensor | None],
+        shape: tuple[int, ...],
+    ) -> None:
         """``shape``: of the first layer's current, (channels,) or (channels, height, width)."""
-        self.arrays: list[np.ndarray] = []  # what the table points at
+        # Of these parameters no other can come to have the memory, as long as they are kept here.
+        self._parameters = [(parameter, _memory(parameter)) for parameter in parameters]
+        self._kept: list[Any] = [None if p is None else p.detach() for p in parameters]  # what the table points at
+        self._copied: list[tuple[np.ndarray, np.ndarray]] = []  # weights where they are stored, and as they were
         self.carry_shapes: list[tuple[int, ...]] = []
         rows = []
         channels, *image = shape
         for synapse in synapses:
             self.carry_shapes.append((*image, channels))
             weight = synapse.weight.detach()
-            if isinstance(synapse, nn.Linear):  # its inputs are flat (channels, height, width), here channels are last
-                weight = weight.unflatten(1, (channels, -1)).transpose(1, 2).flatten(1)[:, :, None, None]
-                channels, image = weight.shape[1], [1, 1]
-                stride, padding = (1, 1), (0, 0)
+            flat = 1
+            if isinstance(synapse, nn.Linear):
+                flat, (channels, image) = int(np.prod(image)), (weight.shape[1], [1, 1])
+                kernel, stride, padding = (1, 1), (1, 1), (0, 0)
             else:
-                stride, padding = synapse.stride, synapse.padding  # type: ignore[assignment]
-            out_channels, _, *kernel = weight.shape
+                kernel, stride, padding = weight.shape[2:], synapse.stride, synapse.padding  # type: ignore[assignment]
             sizes = zip(image, padding, kernel, stride, strict=True)
             out = [(size + 2 * pad - k) // step + 1 for size, pad, k, step in sizes]
             across = -(-kernel[1] // stride[1])
-            by_input = _by_input(weight, stride[1], across)
-            bias = np.zeros(out_channels, np.float32) if synapse.bias is None else synapse.bias.detach().numpy().copy()
-            self.arrays += [by_input, bias]
-            addresses = by_input.ctypes.data, bias.ctypes.data
-            rows.append((*image, channels, *out, out_channels, *kernel, *stride, *padding, across, *addresses))
-            channels, image = out_channels, [] if isinstance(synapse, nn.Linear) else out
+            if not (isinstance(synapse, nn.Linear) and _by_column(weight)):
+                stored = _in_memory(weight)
+                self._copied.append((stored, stored.copy()))
+                weight = _by_input(weight.reshape(*weight.shape[:2], *kernel), stride[1], across)
+            bias = weight.new_zeros(len(synapse.weight)) if synapse.bias is None else synapse.bias.detach()
+            self._kept += [weight, bias]
+            addresses = weight.data_ptr(), bias.data_ptr()
+            rows.append((*image, channels, *out, len(bias), *kernel, *stride, *padding, across, flat, *addresses))
+            channels, image = len(bias), [] if isinstance(synapse, nn.Linear) else out
         self.outputs = channels
         self.table = np.array(rows, np.int64)
-        self.lifs = np.array([_constants(lif) for lif in network.lif_layers.values()], np.float32)
+        self.lifs = np.array(
+            [
+                (lif.raw_threshold.data_ptr(), lif.raw_leak.data_ptr(), lif.leak_reset)
+                for lif in network.lif_layers.values()
+            ],
+            np.int64,
+        )
         self.neurons = max(int(np.prod(shape)) for shape in self.carry_shapes)  # of the largest layer
 
+    def holds(self, parameters: Sequence[Tensor | None]) -> bool:
+        """Whether these are still the parameters, where they were, and the copied ones as they were."""
+        for parameter, (before, memory) in zip(parameters, self._parameters, strict=True):
+            if parameter is not before or _memory(parameter) != memory:
+                return False
+        return not any(_differ(stored, then) for stored, then in self._copied)
 
-def _by_input(weight: Tensor, stride: int, across: int) -> np.ndarray:
+
+def _memory(parameter: Tensor | None) -> int:
+    return 0 if parameter is None else parameter.data_ptr()
+
+
+def _in_memory(weight: Tensor) -> np.ndarray:
+    """A dense tensor as its memory holds it, flat."""
+    return (weight.permute(0, 2, 3, 1) if _is_channels_last(weight) else weight).view(-1).numpy()
+
+
+def _by_input(weight: Tensor, stride: int, across: int) -> Tensor:
     """Weights (outputs, inputs, height, width) as (height, stride, inputs, across, outputs).
 
     The neighbours of a line that an input reaches are ``stride`` columns of the kernel apart, from right to left: here
@@ -265,12 +332,7 @@ def _by_input(weight: Tensor, stride: int, across: int) -> np.ndarray:
     weight = nn.functional.pad(weight, (0, across * stride - weight.shape[3]))
     outputs, inputs, height, _ = weight.shape
     by_phase = weight.view(outputs, inputs, height, across, stride).flip(3)
-    return by_phase.permute(2, 4, 1, 3, 0).contiguous().numpy()
-
-
-def _constants(lif: LIF) -> tuple[float, float, float]:
-    v, leak = lif.threshold.item(), lif.leak.item()
-    return v, leak, v * leak if lif.leak_reset else v
+    return by_phase.permute(2, 4, 1, 3, 0).contiguous()
 
 
 def _chain(network: SpikingNetwork) -> list[nn.Linear | nn.Conv2d]:

@@ -9,10 +9,50 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from snn_rl.layers import MAX_POOLINGS, is_kind
 from snn_rl.neuron import LIF
 from snn_rl.scan import SpikeConv2d, SpikesRecomputed
 
 State = tuple[Tensor, ...]  # one carry (batch, ...) per LIF layer, in the order of `SpikingNetwork.lif_layers`
+
+
+def check_timesteps(timesteps: int) -> None:
+    """Raises ValueError where ``timesteps`` is no integer >= 1."""
+    if isinstance(timesteps, bool) or not isinstance(timesteps, int) or timesteps < 1:
+        raise ValueError(f"timesteps must be an integer >= 1, got {timesteps!r}")
+
+
+class NetworkGraph(nn.Module):
+    """The modules of a network, and in ``graph`` the order in which they and functions are called.
+
+    What `fx.GraphModule` is, without code generated from the graph, which PyTorch keeps for ever for each network.
+
+    Args:
+        root: where the modules that ``graph`` calls are.
+        graph: of one input and one output.
+    """
+
+    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+        super().__init__()
+        self.graph = graph
+        for node in graph.nodes:
+            if node.op == "call_module":
+                self.put(str(node.target), root.get_submodule(str(node.target)))
+
+    def module_of(self, node: Any) -> nn.Module | None:
+        """The module that a node calls; None for other nodes, and for what is no node."""
+        is_call = isinstance(node, fx.Node) and node.op == "call_module"
+        return self.get_submodule(str(node.target)) if is_call else None
+
+    def put(self, path: str, module: nn.Module) -> None:
+        """Place a module at a dotted path, in place of what stands there."""
+        parent: nn.Module = self
+        *above, name = path.split(".")
+        for part in above:
+            if part not in parent._modules:
+                parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        parent.add_module(name, module)
 
 
 class Gain(nn.Module):
@@ -71,12 +111,13 @@ class SpikingNetwork(nn.Module):
     and the output is the mean over these micro-steps of a last synapse that neither leaks nor spikes. Synapses are
     stateless, so all micro-steps of all frames are folded into their batch; only LIF layers walk through time.
     Whatever stands before the first LIF layer is the same at every micro-step and is computed once per frame;
-    whatever stands behind the last one is affine, commutes with the mean, and is computed once per frame too.
+    whatever stands behind the last one is affine, commutes with the mean, and is computed once per frame too. Only max
+    pooling does not commute with the mean: behind a LIF layer it runs at every micro-step.
 
     The state is a tuple of membrane carries that the caller keeps. The network itself holds none.
     """
 
-    def __init__(self, graph: fx.GraphModule, timesteps: int) -> None:
+    def __init__(self, graph: NetworkGraph, timesteps: int) -> None:
         super().__init__()
         # The format in which convolutions are fastest, and which LIF layers keep.
         for parameter in graph.parameters():
@@ -106,8 +147,7 @@ class SpikingNetwork(nn.Module):
 
     @timesteps.setter
     def timesteps(self, value: int) -> None:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"timesteps must be an integer >= 1, got {value!r}")
+        check_timesteps(value)
         self._timesteps = value
 
     @property
@@ -119,6 +159,16 @@ class SpikingNetwork(nn.Module):
     def lif_layers(self) -> dict[str, LIF]:
         """The LIF layers by name, in the order in which the signal reaches them."""
         return dict(self._lif_layers)
+
+    @property
+    def spike_pools(self) -> dict[str, nn.Module]:
+        """The max-pooling layers that spikes go through, by name: each lets a spike through where any neuron fires."""
+        steps = zip(self.graph.graph.nodes, self._plan, strict=True)
+        return {
+            str(node.target): step.target
+            for node, step in steps
+            if step.every_micro_step and is_kind(step.target, MAX_POOLINGS)
+        }
 
     def forward(self, x: Tensor, state: State | None = None, *, with_state: bool = True) -> tuple[Tensor, State]:
         """One frame: ``x`` (batch, ...) -> output (batch, ...) and the state the next frame starts from.
@@ -139,13 +189,13 @@ class SpikingNetwork(nn.Module):
     ) -> tuple[Tensor, State]:
         """A sequence of frames: ``x`` (frames, batch, ...) -> outputs (frames, batch, ...) and the last state.
 
-        ``episode_start`` (frames, batch) is 1 or True where membranes are cleared before the frame.
+        ``episode_start`` (frames, batch) is 1 or True where membranes are cleared before the frame, whatever they hold.
         """
         if x.shape[0] < 1:
             raise ValueError("a sequence must have at least one frame, got 0")
         if state is not None and len(state) != len(self._lif_layers):
             raise ValueError(f"state must hold {len(self._lif_layers)} carries, one per LIF layer, got {len(state)}")
-        keep = None if episode_start is None else 1 - episode_start.to(x.dtype)  # (frames, batch)
+        keep = None if episode_start is None else (episode_start == 0).to(x.dtype)  # (frames, batch)
         # One micro-step has no more spikes than an ANN has activations: keeping them is faster.
         if self.timesteps == 1 or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._run(x, state, keep, None, with_state)
@@ -237,10 +287,14 @@ class SpikingNetwork(nn.Module):
         return f"timesteps={self.timesteps}"
 
 
-def _plan(graph: fx.GraphModule) -> tuple[_Step, ...]:
+def _plan(graph: NetworkGraph) -> tuple[_Step, ...]:
     nodes = list(graph.graph.nodes)
     targets = {n: graph.get_submodule(str(n.target)) if n.op == "call_module" else n.target for n in nodes}
-    every_micro_step = _between_lif_layers(nodes, {n for n in nodes if isinstance(targets[n], LIF)})
+    every_micro_step = _every_micro_step(
+        nodes,
+        {node for node in nodes if isinstance(targets[node], LIF)},
+        {node for node in nodes if isinstance(targets[node], MAX_POOLINGS)},
+    )
     index = {node: i for i, node in enumerate(nodes)}
     last_uses = {source: node for node in nodes for source in node.all_input_nodes}
 
@@ -260,14 +314,14 @@ def _plan(graph: fx.GraphModule) -> tuple[_Step, ...]:
     )
 
 
-def _between_lif_layers(nodes: list[fx.Node], lif: set[fx.Node]) -> set[fx.Node]:
-    """The nodes that must be computed at every micro-step."""
+def _every_micro_step(nodes: list[fx.Node], lif: set[fx.Node], max_pools: set[fx.Node]) -> set[fx.Node]:
+    """The nodes that must be computed at every micro-step: from a LIF layer on, up to the last that is not affine."""
     after: set[fx.Node] = set()
     for node in nodes:
         if node in lif or any(parent in after for parent in node.all_input_nodes):
             after.add(node)
     before: set[fx.Node] = set()
     for node in reversed(nodes):
-        if any(user in before or user in lif for user in node.users):
+        if node in max_pools or any(user in before or user in lif for user in node.users):
             before.add(node)
     return lif | (after & before)

@@ -67,9 +67,9 @@ class LIF(nn.Module):
         """Run the layer over ``current`` (steps, batch, ...) from ``carry`` (batch, ...); None is silence.
 
         ``hold`` is the number of micro-steps that each step of the current lasts. ``keep`` (frames, batch) divides the
-        micro-steps into frames of equal length and multiplies the carry before each: 0 where an episode starts, 1
-        elsewhere. Returns the spikes (steps * hold, batch, ...) and the last carry; where it is not wanted
-        (``with_carry=False``), an empty tensor in its place, which is faster.
+        micro-steps into frames of equal length. Where it is 0, an episode starts: the frame begins from silence,
+        whatever the carry holds, NaN included. Returns the spikes (steps * hold, batch, ...) and the last carry; where
+        it is not wanted (``with_carry=False``), an empty tensor in its place, which is faster.
 
         Raises:
             ValueError: no step, a carry that does not fit the current, or frames that do not divide the steps.

@@ -18,7 +18,6 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium import spaces
 from stable_baselines3 import DQN
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
@@ -39,11 +38,12 @@ from snn_rl._run import (
 from snn_rl.dead_units import without_dead_units
 from snn_rl.dqn import ConvExtractor, SequenceReplayBuffer, SpikingDQN, SpikingDQNPolicy
 from snn_rl.dqn.replay import frame_stack_of
+from snn_rl.dqn.spaces import check_spaces
 from snn_rl.dqn.teacher import StackedTeacher, frames_of
 from snn_rl.environments import EnvironmentFailedError
 from snn_rl.evaluation import Evaluation, evaluate, is_monitored, spiking_network
 from snn_rl.files import alone_in, atomic, write_json
-from snn_rl.policy_file import LoadedPolicy, _space_to_json, check_storable, load_policy, save_policy
+from snn_rl.policy_file import LoadedPolicy, check_space, check_storable, load_policy, save_policy
 from snn_rl.progress import bar, digits, one_line, show_log
 from snn_rl.recipe import SEEDS_PER_RUN, TEST_SEEDS, VALIDATION_SEEDS, AnnConfig, Recipe, SnnConfig
 from snn_rl.stages import (
@@ -146,15 +146,12 @@ def _check(this: Run, stages: Sequence[Stage]) -> None:
 def _check_env(name: str, env: VecEnv) -> None:
     """Raises ValueError for an environment that a stage could not learn in, or whose agent no file could hold."""
     observations, actions = env.observation_space, env.action_space
-    if not isinstance(observations, spaces.Box):
-        raise ValueError(f"{name} needs a Box of observations; flatten its environment's, {observations}")
-    if not isinstance(actions, spaces.Discrete) or actions.start != 0:
-        raise ValueError(f"{name} needs Discrete actions from 0 on; wrap its environment, which has {actions}")
-    for space in (observations, actions):
-        try:
-            _space_to_json(space)
-        except ValueError as error:
-            raise ValueError(f"{name} trains agents that no policy file could hold, {error}; wrap its env") from error
+    try:
+        check_spaces(observations, actions)
+        check_space(observations)
+        check_space(actions)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
     if not is_monitored(env):
         raise ValueError(f"make_env of {name} must return monitored environments: wrap them in VecMonitor")
     running = (gym.wrappers.NormalizeObservation, gym.wrappers.NormalizeReward)

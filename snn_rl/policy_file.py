@@ -5,6 +5,7 @@ Loading runs no code from the file: names in it select from the classes listed h
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,9 @@ from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
 from torch import nn
 
 from snn_rl.dqn.features import ConvExtractor
-from snn_rl.dqn.policy import NumpyState, SpikingDQNPolicy, SpikingQNetwork
+from snn_rl.dqn.policy import NumpyState, SpikingDQNPolicy, SpikingQNetwork, check_forwards
 from snn_rl.network import SpikingNetwork
+from snn_rl.progress import one_line
 from snn_rl.weights_file import MAX_TIMESTEPS, check_fits, read_weights, write_weights
 
 FORMAT = "snn_rl-policy-2"
@@ -33,6 +35,7 @@ EXTRACTORS: dict[str, type[BaseFeaturesExtractor]] = {
 # What a file may ask for before its weights can be compared with it.
 MAX_OBSERVATION = 2**24  # entries
 MAX_ACTIONS = 2**16
+MAX_LAYERS = 128
 
 
 @dataclass(frozen=True)
@@ -81,25 +84,31 @@ def save_policy(model: DQN, path: Path | str, provenance: dict[str, Any]) -> Non
     name in `RECIPES` of ``agents``, and ``env_kwargs``, of its environment.
 
     Raises:
-        ValueError: a features extractor, an activation or a space that the format does not know.
+        ValueError: a features extractor, an activation, a space, a Q-network or a provenance that the format cannot
+            hold. Nothing is written then.
     """
     policy = model.policy
-    check_storable(policy)
-    metadata = {
-        "observation_space": _space_to_json(policy.observation_space),
-        "action_space": _space_to_json(policy.action_space),
-        "net_arch": list(policy.net_arch),
-        "features_extractor": policy.features_extractor_class.__name__,
-        "features_extractor_kwargs": policy.features_extractor_kwargs,
-        "normalize_images": policy.normalize_images,
-        "spiking": policy.spiking_kwargs if isinstance(policy, SpikingDQNPolicy) else None,
-        "provenance": provenance,
-    }
+    metadata = {**_description(policy), "provenance": provenance}
+    try:
+        metadata = json.loads(json.dumps(metadata, default=_number))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"provenance must hold what JSON does: {error}") from error
     write_weights(Path(path), policy.q_net, FORMAT, metadata)
 
 
 def check_storable(policy: DQNPolicy) -> None:
-    """Raises ValueError for a network that a policy file does not know."""
+    """Raises ValueError for a policy that a policy file cannot hold: what `save_policy` would refuse."""
+    _description(policy)
+
+
+def check_space(space: spaces.Space) -> None:
+    """Raises ValueError for an observation or action space that a policy file cannot hold."""
+    _space_from_json(_space_to_json(space))
+
+
+def _description(policy: DQNPolicy) -> dict[str, Any]:
+    """What a file says of a policy, checked by reading it back. ValueError where it would not come back as it is."""
+    check_forwards(policy)
     extractor = policy.features_extractor_class.__name__
     if EXTRACTORS.get(extractor) is not policy.features_extractor_class:
         raise ValueError(
@@ -111,6 +120,28 @@ def check_storable(policy: DQNPolicy) -> None:
             f"activation {policy.activation_fn.__name__} cannot be stored in a policy file, which knows ReLU; "
             "keep model.zip"
         )
+    description = {
+        "observation_space": _space_to_json(policy.observation_space),
+        "action_space": _space_to_json(policy.action_space),
+        "net_arch": list(policy.net_arch),
+        "features_extractor": extractor,
+        "features_extractor_kwargs": policy.features_extractor_kwargs,
+        "normalize_images": policy.normalize_images,
+        "spiking": policy.spiking_kwargs if isinstance(policy, SpikingDQNPolicy) else None,
+    }
+    try:
+        description = json.loads(json.dumps(description, default=_number))
+        check_fits(_Description({**description, "provenance": {}}).q_net, policy.q_net.state_dict())
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the policy cannot be stored in a policy file: {one_line(error)}; keep model.zip") from error
+    return description
+
+
+def _number(value: object) -> object:
+    """A number of numpy's as one of Python's, which JSON holds."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} {value!r}")
 
 
 def load_policy(path: str | Path, device: str = "cpu") -> LoadedPolicy:
@@ -127,8 +158,7 @@ def load_policy(path: str | Path, device: str = "cpu") -> LoadedPolicy:
         policy = description.policy()
         policy.q_net.load_state_dict(weights)
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, ArithmeticError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} describes no policy that can be built: {type(error).__name__}: {reason}") from error
+        raise ValueError(f"{path} describes no policy that can be built: {one_line(error)}") from error
     policy.set_training_mode(False)
     return LoadedPolicy(policy.to(device), metadata)
 
@@ -145,6 +175,9 @@ class _Description:
         if "convolutions" in self.extractor_kwargs:
             self.extractor_kwargs["convolutions"] = tuple(map(tuple, self.extractor_kwargs["convolutions"]))
         self.net_arch = list(metadata["net_arch"])
+        layers = len(self.net_arch) + len(self.extractor_kwargs.get("convolutions", ()))
+        if layers > MAX_LAYERS:
+            raise ValueError(f"a policy may have at most {MAX_LAYERS} layers, got {layers}")
         sizes = [*self.net_arch, self.extractor_kwargs.get("features_dim", 1)]
         sizes += [size for layer in self.extractor_kwargs.get("convolutions", ()) for size in layer]
         if not all(type(size) is int and size >= 1 for size in sizes):
@@ -197,14 +230,16 @@ def _no_schedule(_: float) -> float:
 
 def _space_to_json(space: spaces.Space) -> dict[str, Any]:
     if isinstance(space, spaces.Discrete):
+        if space.start != 0:
+            raise ValueError(f"a policy file knows Discrete spaces from 0 on, not {space}; subtract the start")
         return {"type": "Discrete", "n": int(space.n)}
     if isinstance(space, spaces.Box):
         low, high = (
-            float(bound.flat[0]) if (bound == bound.flat[0]).all() else bound.tolist()
+            float(bound.flat[0]) if bound.size and (bound == bound.flat[0]).all() else bound.tolist()
             for bound in (space.low, space.high)
         )
         return {"type": "Box", "low": low, "high": high, "shape": list(space.shape), "dtype": str(space.dtype)}
-    raise ValueError(f"a policy file knows Box and Discrete spaces, not {space}; keep model.zip")
+    raise ValueError(f"a policy file knows Box and Discrete spaces, not {' '.join(str(space).split())}; keep model.zip")
 
 
 def _space_from_json(value: dict[str, Any]) -> spaces.Space:
@@ -215,10 +250,12 @@ def _space_from_json(value: dict[str, Any]) -> spaces.Space:
         return spaces.Discrete(n)
     if value["type"] == "Box":
         shape, dtype = tuple(map(int, value["shape"])), np.dtype(str(value["dtype"]))
+        if not shape:
+            raise ValueError("an observation must have an axis, got shape (): make it (1,)")
         if not all(side >= 1 for side in shape) or math.prod(shape) > MAX_OBSERVATION:
             raise ValueError(f"an observation must have 1 to {MAX_OBSERVATION:,} entries, got shape {shape}")
-        if dtype.kind not in "uif":
-            raise ValueError(f"observations must be integers or floating point numbers, got {dtype}")
+        if dtype.kind not in "uifb":
+            raise ValueError(f"observations must be numbers or booleans, got {dtype}")
         with np.errstate(over="raise"):
             low, high = (np.broadcast_to(np.asarray(value[key], dtype=dtype), shape) for key in ("low", "high"))
         return spaces.Box(low, high, shape, dtype=dtype.type)

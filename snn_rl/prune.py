@@ -57,8 +57,9 @@ def prune_timesteps(
             network.unroll(frames, None, episode_start, with_state=False)
     finally:
         network.train(training)
-    for name, rate in counter.rates().items():
-        _match_rate(pruned, name, rate / network.timesteps, frames, episode_start)
+    rates = counter.rates()
+    for name in network.lif_layers:
+        _match_rate(pruned, name, rates[name] / network.timesteps, frames, episode_start)
     return pruned.train(training)
 
 

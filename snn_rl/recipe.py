@@ -223,7 +223,7 @@ class Recipe:
         # here, where torch is needed anyway
         from stable_baselines3.common.vec_env import VecEnv
 
-        from snn_rl.environments import NamedFailures, channels_first, why
+        from snn_rl.environments import NamedFailures, transposed, why
 
         try:
             env = self.make_env(num_envs, seed=seed, **kwargs)
@@ -239,7 +239,7 @@ class Recipe:
                 env.close()
             got = f"{type(env).__name__} of {getattr(env, 'num_envs', 1)}"
             raise ValueError(f"make_env of {self.name} must return a VecEnv of {num_envs} environments, got a {got}")
-        return NamedFailures(channels_first(env), f"the environment of {self.name}")
+        return NamedFailures(transposed(env), f"the environment of {self.name}")
 
     def _least_replay(self) -> tuple[int, int]:
         """The least ``snn.buffer_size`` and ``snn.parent_steps``: a window of each environment."""

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from snn_rl.convert import SYNAPSES
-from snn_rl.network import SpikingNetwork
+from snn_rl.layers import SYNAPSES
+from snn_rl.network import NetworkGraph, SpikingNetwork
 from snn_rl.neuron import LIF
 
 MAX_GAIN = 30.0
@@ -32,9 +32,11 @@ def spread_first_synapse(network: SpikingNetwork, samples: Tensor, max_gain: flo
     Of a Conv2d the samples are the patches that its kernel sees, and the unit is their deviation where they show
     anything: what moves leaves a trail of spikes.
 
-    Draws from torch's global generator. Raises ValueError where the first synapse is neither a Linear layer nor a
-    Conv2d of one group that pads with zeros, or has no bias.
+    Draws from torch's global generator. Raises ValueError where the samples hold NaN or infinity, or where the first
+    synapse is neither a Linear layer nor a Conv2d of one group that pads with zeros, or has no bias.
     """
+    if not torch.isfinite(samples).all():  # every weight would be NaN
+        raise ValueError("the samples hold NaN or infinity: repair the environment")
     first = next((module for module in network.modules() if isinstance(module, SYNAPSES)), None)
     bias = None if first is None else first.bias
     if isinstance(first, nn.Linear) and bias is not None:
@@ -99,11 +101,11 @@ def scale_currents(network: SpikingNetwork, samples: Tensor) -> None:
         if deviation > 1e-6:
             for synapse in _synapses_before(graph, nodes[name]):
                 for parameter in synapse.parameters():
-                    with torch.no_grad():  # not by .data, of which acting by events would not notice
+                    with torch.no_grad():
                         parameter.mul_(DEVIATION * lif.threshold / deviation)
 
 
-def _synapses_before(graph: fx.GraphModule, node: fx.Node) -> set[nn.Module]:
+def _synapses_before(graph: NetworkGraph, node: fx.Node) -> set[nn.Module]:
     """The last synapses on the ways that lead to ``node``."""
     found: set[nn.Module] = set()
     for source in node.all_input_nodes:

@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from snn_rl import LIF, SpikingNetwork, to_spiking
+from snn_rl import LIF, SpikingNetwork, activity, count_spikes, prune_timesteps, to_spiking
 from snn_rl.network import FrameDropout, Gain
 
 
@@ -178,10 +179,10 @@ class Around(nn.Module):
 @pytest.mark.parametrize(
     ("middle", "name", "way_out"),
     [
-        (nn.MaxPool2d(2, 1, 0), "middle", "average pooling or a stride"),
+        (nn.Sequential(nn.AvgPool2d(2), nn.MaxPool2d(2)), "middle_1", "right behind a ReLU"),
         (nn.GELU(), "middle", "train the ANN with ReLU"),
         (nn.Sigmoid(), "middle", "use Linear, Conv"),
-        (nn.BatchNorm2d(4), "middle", "right behind a Linear or Conv"),
+        (nn.Sequential(nn.BatchNorm2d(4), nn.AvgPool2d(1)), "middle_0", "right behind a Linear or Conv"),
         (nn.LayerNorm(4), "middle", "use Linear, Conv"),
     ],
 )
@@ -299,6 +300,11 @@ def test_a_long_calibration_is_sampled_without_favouring_any_batch(monkeypatch: 
     ("calibration", "message"),
     [
         (np.zeros((0, 4)), "calibration batch 0 must be"),
+        (None, "calibration must be an array, a tensor, a DataLoader or an iterable of batches, got NoneType"),
+        (TensorDataset(torch.zeros(3, 4)), "calibration must be .*, got TensorDataset"),
+        ([{"x": torch.zeros(3, 4)}], r"calibration batch 0 must be an array or a tensor, got dict; .*\(x for x, _ in"),
+        (["images"], "calibration batch 0 must be an array or a tensor, got str"),
+        ([(torch.zeros(3, 4), torch.zeros(3))], "calibration batch 0 must be an array or a tensor, got tuple"),
         ([], "at least one batch, got none"),
         (np.full((3, 4), np.nan), "calibration batch 0 must be finite"),
         (np.zeros((3, 5)), r"calibration batch 0 of shape \(3, 5\) does not fit the network"),
@@ -308,6 +314,14 @@ def test_a_long_calibration_is_sampled_without_favouring_any_batch(monkeypatch: 
 def test_bad_calibration_is_refused(calibration: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         to_spiking(mlp(), calibration)  # type: ignore[arg-type]
+
+
+def test_a_loader_of_pairs_calibrates_by_its_inputs() -> None:
+    ann, x = mlp(), torch.rand(32, 4)
+    for data in (TensorDataset(x), TensorDataset(x, torch.zeros(32, dtype=torch.long))):
+        one, many = to_spiking(ann, x), to_spiking(ann, DataLoader(data, 8))
+        for a, b in zip(one.parameters(), many.parameters(), strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("percentile", [0.0, -1.0, 100.1, float("nan")])
@@ -320,6 +334,18 @@ def test_bad_percentile_is_named(percentile: float) -> None:
 def test_bad_timesteps_are_named(timesteps: object) -> None:
     with pytest.raises(ValueError, match="timesteps must be an integer >= 1, got"):
         to_spiking(mlp(), torch.randn(8, 4), timesteps=timesteps)  # type: ignore[arg-type]
+
+
+def test_dropout_rests_while_thresholds_are_calibrated() -> None:
+    torch.manual_seed(0)
+    with_dropout = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 64), nn.ReLU())
+    without = nn.Sequential(*(layer for layer in with_dropout if not isinstance(layer, nn.Dropout)))
+    x = torch.rand(1000, 8)
+    thresholds = [
+        [lif.threshold.item() for lif in to_spiking(ann, x, rescale=False).lif_layers.values()]
+        for ann in (with_dropout, without)
+    ]
+    assert thresholds[0] == thresholds[1]
 
 
 def test_dropout_draws_one_mask_for_all_micro_steps() -> None:
@@ -341,3 +367,139 @@ def test_dropout_in_a_network_trains_and_rests(residual: nn.Module) -> None:
     assert not torch.equal(net(x)[0], net(x)[0])
     net.eval()
     assert torch.equal(net(x)[0], net(x)[0])
+
+
+class Pooled(nn.Module):
+    """Max pooling in every place that is converted: on the input's side, behind a ReLU, in front of one, at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2, self.conv3 = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3, padding=1)
+        self.pool = nn.MaxPool2d(2)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(F.max_pool2d(self.conv1(x), 2, 1))  # of analogue currents
+        x = self.pool(torch.relu(self.conv2(x)))
+        x = torch.relu(self.pool(self.conv3(x)))
+        return self.fc(F.adaptive_max_pool2d(x, 1).flatten(1))
+
+
+def pooled() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    return Pooled().eval(), torch.rand(32, 1, 14, 14)
+
+
+def test_max_pooling_of_spikes_is_exact_at_one_timestep() -> None:
+    ann, x = pooled()
+    network = to_spiking(ann, x, 90.0, 1)
+    assert list(network.spike_pools) == ["pool", "pool_1", "adaptive_max_pool2d"]
+    conv1, conv2, conv3, fc = (network.graph.get_submodule(name) for name in ("conv1", "conv2", "conv3", "fc"))
+    with torch.no_grad():  # every layer by hand: a neuron fires where its current exceeds 1
+        h = (F.max_pool2d(conv1(x), 2, 1) > 1).float()
+        h = F.max_pool2d((conv2(h) > 1).float(), 2)
+        h = F.max_pool2d((conv3(h) > 1).float(), 2)
+        torch.testing.assert_close(network(x)[0], fc(h.amax((2, 3))))
+
+
+def test_max_pooling_runs_at_every_micro_step_behind_the_last_lif_layer_too() -> None:
+    torch.manual_seed(0)
+    ann = nn.Sequential(nn.Conv1d(1, 2, 1), nn.ReLU(), nn.MaxPool1d(2), nn.Flatten(), nn.Linear(2, 2))
+    nn.init.uniform_(ann[0].weight, 0.5, 1.0)
+    nn.init.zeros_(ann[0].bias)
+    network = to_spiking(ann, torch.rand(32, 1, 2), timesteps=4)
+    x = torch.rand(8, 1, 2)
+    with torch.no_grad():
+        (lif,) = network.lif_layers.values()
+        spikes, _ = lif(network.graph.get_submodule("0")(x)[None], hold=4)  # (4, batch, 2, 2)
+        either = spikes.amax(-1).mean(0)  # the share of micro-steps in which one of the two fires
+        torch.testing.assert_close(network(x)[0], network.graph.get_submodule("4")(either))
+        assert not torch.equal(either, spikes.mean(0).amax(-1))  # for which it must not be mistaken
+
+
+def test_max_pooling_is_counted_as_the_spikes_that_it_lets_through() -> None:
+    ann, x = pooled()
+    network = to_spiking(ann, x, 90.0, 3)
+    seen: list[Tensor] = []
+    network.spike_pools["pool"].register_forward_hook(lambda _m, _i, out: seen.append(out))
+    with torch.no_grad(), count_spikes(network) as counter:
+        counter.counted = np.arange(32) < 8
+        network(x)
+    rates = counter.rates()
+    (spikes,) = seen  # (3 * 32, 8, 5, 5)
+    assert rates["pool"] == pytest.approx(3 * spikes.unflatten(0, (3, 32))[:, :8].mean().item())
+    measured = activity(network, rates, (1, 14, 14))
+    assert set(measured.layers) == set(network.lif_layers)
+    # the third convolution's additions are those of the spikes behind the pooling
+    ops = {"conv1": 4 * 9 * 144, "conv2": 8 * 4 * 9 * 81, "conv3": 8 * 8 * 9 * 16, "fc": 40}
+    lif1, _, _ = network.lif_layers
+    additions = rates[lif1] * ops["conv2"] + rates["pool"] * ops["conv3"] + rates["adaptive_max_pool2d"] * ops["fc"]
+    assert measured.snn_ops == pytest.approx(ops["conv1"] + additions)
+
+
+def test_pruning_timesteps_goes_through_max_pooling() -> None:
+    ann, x = pooled()
+    network = to_spiking(ann, x, 90.0, 3)
+    pruned = prune_timesteps(network, 1, x[None])
+    assert pruned.timesteps == 1
+    assert pruned(x)[0].shape == (32, 5)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: m.fc2(F.max_pool1d((torch.relu(m.fc1(x)) + torch.relu(m.fc2(x)))[None], 2)[0]),
+        lambda m, x: m.fc2(F.max_pool1d(m.fc1(torch.relu(m.fc2(x))), 1)),
+    ],
+)
+def test_max_pooling_of_anything_but_spikes_is_refused(forward: object) -> None:
+    with pytest.raises(ValueError, match=r"cannot convert node '(getitem|max_pool1d)'.*"):
+        to_spiking(Forward(forward), torch.randn(6, 4))
+
+
+def test_max_pooling_with_indices_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"cannot convert node '_2'.*returns indices"):
+        to_spiking(
+            nn.Sequential(nn.Conv1d(1, 1, 1), nn.ReLU(), nn.MaxPool1d(2, return_indices=True)), torch.rand(2, 1, 4)
+        )
+
+
+@pytest.mark.parametrize(
+    ("layers", "shape"),
+    [
+        ([nn.BatchNorm1d(6), nn.Linear(6, 8)], (6,)),
+        ([nn.Flatten(), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 8)], (2, 3)),
+        ([nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(18, 8, bias=False)], (2, 3, 3)),
+        ([nn.BatchNorm2d(4), nn.Conv2d(4, 8, 3, groups=2), nn.Flatten()], (4, 3, 3)),
+        ([nn.BatchNorm1d(6, affine=False), nn.Linear(6, 8)], (6,)),
+    ],
+)
+def test_batch_norm_in_front_of_the_first_layer_folds_into_it(layers: list[nn.Module], shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    ann = nn.Sequential(*layers, nn.ReLU(), nn.BatchNorm1d(8), nn.Linear(8, 3)).double()
+    for _ in range(20):
+        ann(3 + 2 * torch.randn(64, *shape).double())
+    for module in ann:
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.affine:
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -1, 1)
+    x = 3 + 2 * torch.randn(64, *shape).double()
+    network = to_spiking(ann, x, 100.0, 2000, leak=1.0).eval()
+    assert not any(isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) for module in network.modules())
+    with torch.no_grad():
+        torch.testing.assert_close(network(x)[0], ann.eval()(x), atol=0.01, rtol=0)
+
+
+def test_batch_norm_in_front_of_padding_is_refused() -> None:
+    ann = nn.Sequential(nn.BatchNorm2d(1), nn.Conv2d(1, 2, 3, padding=1), nn.ReLU())
+    ann(1 + torch.rand(8, 1, 4, 4))
+    with pytest.raises(ValueError, match=r"cannot convert node '_0': batch-norm before a layer .* no padding"):
+        to_spiking(ann, torch.rand(8, 1, 4, 4))
+
+
+def test_batch_norm_over_another_dimension_than_the_layer_is_found_out() -> None:
+    ann = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4), nn.ReLU())  # (batch, 4, 4): channels, then features
+    for _ in range(20):
+        ann(torch.randn(64, 4, 4) * torch.tensor([1.0, 2.0, 3.0, 4.0])[:, None] + 1)
+    with pytest.raises(ValueError, match="output differs"):
+        to_spiking(ann, torch.randn(64, 4, 4))

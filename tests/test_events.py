@@ -16,7 +16,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stable_baselines3.common.utils import polyak_update
 from torch import Tensor, nn
+from torch.nn.utils import vector_to_parameters
 
 from snn_rl import SpikingNetwork, to_spiking
 from snn_rl.events import CALLS_BEFORE_LAYOUT, EventDriven
@@ -120,32 +122,81 @@ def settled(events: EventDriven) -> bool:
     return [events.ready() for _ in range(CALLS_BEFORE_LAYOUT + 1)][-1]
 
 
-def test_new_weights_are_used_at_once() -> None:
-    net = exact(mlp(), inputs(8, 4), 1)
-    events = EventDriven(net)
-    x = inputs(1, 4)
+def convolutional() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(12, 5), nn.ReLU(),
+        nn.Linear(5, 2),
+    )  # fmt: skip
 
-    def agree() -> bool:
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (mlp, (4,)),
+    "convolutional": (convolutional, (2, 5, 5)),
+}
+
+
+def write_everywhere(net: SpikingNetwork) -> None:
+    for p in net.parameters():
+        p.data.add_(0.125)
+
+
+WRITES: dict[str, Callable[[SpikingNetwork, SpikingNetwork], object]] = {
+    "in place": lambda net, other: [p.add_(0.5) for p in net.parameters()],
+    ".data": lambda net, other: write_everywhere(net),
+    ".data replaced": lambda net, other: [setattr(p, "data", p.data + 0.25) for p in net.parameters()],
+    "polyak_update": lambda net, other: polyak_update(other.parameters(), net.parameters(), 0.5),
+    "vector_to_parameters": lambda net, other: vector_to_parameters(
+        torch.cat([p.reshape(-1) for p in other.parameters()]), net.parameters()
+    ),
+    "load_state_dict": lambda net, other: net.load_state_dict(other.state_dict()),
+    "load_state_dict, assigned": lambda net, other: net.load_state_dict(other.state_dict(), assign=True),
+    "numpy": lambda net, other: [np.add(p.numpy(), 0.5, out=p.numpy()) for p in map(Tensor.detach, net.parameters())],
+    "thresholds": lambda net, other: [lif.raw_threshold.data.fill_(0.25) for lif in net.lif_layers.values()],
+    "leaks beyond their bounds": lambda net, other: [lif.raw_leak.data.fill_(1.5) for lif in net.lif_layers.values()],
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_frames_follow_the_weights_however_they_are_written(kind: str, write: str) -> None:
+    make, shape = NETWORKS[kind]
+    x = inputs(64, *shape)
+    net, other = (exact(make(), inputs(8, *shape), 2) for _ in "ab")
+    for p in other.parameters():
+        p.data.mul_(-2.5 if p.dim() > 1 else 0.5)
+    events = EventDriven(net)
+
+    def act() -> tuple[np.ndarray, ...]:
         with torch.no_grad():
-            return bool((events(x)[0] == net(x)[0].numpy()).all())
+            first = net(x)[1]
+            expected, state = net(x, first)
+            ready = events.ready()
+            out, carries = events(x, [carry.numpy() for carry in first]) if ready else (expected.numpy(), state)
+        np.testing.assert_array_equal(out, expected.numpy())
+        for ours, theirs in zip(carries, state, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+        return expected.numpy(), np.array(ready)
 
     assert settled(events)
-    assert agree()
-    changes: list[Callable[[], object]] = [
-        lambda: next(net.parameters()).add_(0.5),
-        lambda: net.load_state_dict({name: value + 0.25 for name, value in net.state_dict().items()}),
-        lambda: [lif.raw_threshold.fill_(8.0) for lif in net.lif_layers.values()],
-    ]
-    for change in changes:
-        before = events(x)[0]
-        with torch.no_grad():
-            change()
-        assert not events.ready()  # and no layout of weights that may change again
-        assert settled(events)
-        assert agree()
-        assert (events(x)[0] != before).any()
-    net.timesteps = 4
-    assert agree()
+    before, ready = act()
+    assert ready
+    with torch.no_grad():
+        WRITES[write](net, other)
+    after, _ = act()  # at the first frame after the change
+    assert (before != after).any()
+    assert settled(events)  # and again event-driven, with the new weights
+    assert act()[1]
+
+
+def test_convolutions_wait_until_their_weights_have_rested() -> None:
+    net = exact(convolutional(), inputs(8, 2, 5, 5), 1)
+    events = EventDriven(net)
+    assert not events.ready()
+    assert settled(events)
+    events(inputs(1, 2, 5, 5))
+    events.synapses[1].weight.data.add_(0.5)
+    assert [events.ready() for _ in range(CALLS_BEFORE_LAYOUT + 1)] == [False] * CALLS_BEFORE_LAYOUT + [True]
 
 
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.SGD])
@@ -154,48 +205,62 @@ def test_a_step_of_a_fused_optimiser_is_seen(kind: type[torch.optim.Optimizer]) 
     net = exact(mlp(), inputs(8, 4), 1)
     events = EventDriven(net)
     assert settled(events)
+    x = inputs(4, 4)
+    before = events(x)[0]
     optimizer = kind(net.parameters(), lr=0.5, fused=True)  # type: ignore[call-arg]
-    net(inputs(4, 4))[0].sum().backward()
+    net(x)[0].sum().backward()
     optimizer.step()
     assert not events.ready()
+    assert settled(events)
+    after = events(x)[0]
+    with torch.no_grad():
+        np.testing.assert_allclose(after, net(x)[0].numpy(), rtol=1e-5)
+    assert (before != after).any()
 
 
-def test_parameters_put_in_the_place_of_others_are_seen() -> None:
-    net = exact(mlp(), inputs(8, 4), 1)
+def test_linear_layers_behind_convolutions_need_no_copy() -> None:
+    net = exact(convolutional(), inputs(8, 2, 5, 5), 1)
     events = EventDriven(net)
-    x = inputs(1, 4)
-    changes: list[Callable[[], object]] = [
-        lambda: net.load_state_dict({name: value + 0.25 for name, value in net.state_dict().items()}, assign=True),
-        lambda: setattr(events.synapses[1], "weight", nn.Parameter(events.synapses[1].weight.detach() + 1)),
-    ]
-    for change in changes:
-        assert settled(events)
-        change()
+    x = inputs(16, 2, 5, 5)
+    assert settled(events)
+    before = events(x)[0]
+    linear = events.synapses[2]
+    linear.weight.data.add_(1.0)
+    assert events.ready()
+    with torch.no_grad():
+        np.testing.assert_array_equal(events(x)[0], net(x)[0].numpy())
+    assert (events(x)[0] != before).any()
+    linear.weight = nn.Parameter(linear.weight.detach().contiguous())  # row by row: copied, and compared from then on
+    for _ in range(2):
         assert not events.ready()
         assert settled(events)
         with torch.no_grad():
             np.testing.assert_array_equal(events(x)[0], net(x)[0].numpy())
+        linear.weight.data.sub_(0.5)
 
 
-def test_nothing_is_laid_out_while_the_network_trains() -> None:
+def test_a_network_in_training_runs_as_layers() -> None:
     net = exact(mlp(), inputs(8, 4), 1)
     events = EventDriven(net)
     assert settled(events)
     net.train()
     assert not settled(events)
-    for p in net.parameters():
-        p.data.add_(0.5)  # unseen by version numbers
     net.eval()
     assert settled(events)
-    x = inputs(1, 4)
-    with torch.no_grad():
-        np.testing.assert_array_equal(events(x)[0], net(x)[0].numpy())
 
 
-def test_parameters_of_inference_mode_run_as_layers() -> None:
-    with torch.inference_mode():
-        net = exact(mlp(), inputs(8, 4), 1)
-    assert not settled(EventDriven(net))
+def test_training_keeps_the_order_of_the_weights() -> None:
+    """Gradients and an optimiser's moments lie as the weights do, so that no step has to turn them."""
+    net = exact(convolutional(), inputs(8, 2, 5, 5), 1)
+    events = EventDriven(net)
+    optimizer = torch.optim.Adam(net.parameters(), fused=True)
+    for _ in range(2):
+        optimizer.zero_grad()
+        net(inputs(4, 2, 5, 5))[0].sum().backward()
+        optimizer.step()
+    weight = events.synapses[2].weight
+    assert weight.grad is not None
+    assert weight.stride() == weight.grad.stride() == optimizer.state[weight]["exp_avg"].stride() == (1, 5)
 
 
 def test_threads_share_a_network() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import linecache
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
@@ -14,11 +16,12 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch import nn
+from torch.fx.graph_module import _loader
 
 from envs.atari import make_atari
-from snn_rl import SpikingDQN, load_policy, save_policy
+from snn_rl import SpikingDQN, load_policy, policy_file, save_policy
 from snn_rl.dqn import ConvExtractor
-from snn_rl.policy_file import FORMAT
+from snn_rl.policy_file import FORMAT, check_space
 
 PROVENANCE = {"recipe": "cartpole", "env_id": "CartPole-v1", "env_kwargs": {}, "seed": 0, "stage": "T3"}
 
@@ -150,3 +153,92 @@ def test_writing_again_replaces_the_whole_file(agent: SpikingDQN, path: Path) ->
         assert path.read_bytes() == before
     assert [p.name for p in path.parent.iterdir()] == ["policy.safetensors"]
     assert path.stat().st_mode & 0o444 == 0o444
+
+
+class Planes(gym.Env[np.ndarray, int]):
+    """Observations of any space, two actions."""
+
+    def __init__(self, observation_space: gym.spaces.Space[Any], actions: gym.spaces.Discrete | None = None) -> None:
+        self.observation_space = observation_space
+        self.action_space = actions or gym.spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action: int) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return self.observation_space.sample(), 0.0, False, False, {}
+
+
+def test_planes_of_booleans_come_back(tmp_path: Path) -> None:
+    space = gym.spaces.Box(0, 1, (5, 5, 2), np.bool_)
+    agent = SpikingDQN("MlpPolicy", Planes(space), policy_kwargs={"net_arch": [8]}, buffer_size=1000, device="cpu")
+    save_policy(agent, tmp_path / "policy.safetensors", {})
+    policy = load_policy(tmp_path / "policy.safetensors")
+    assert policy.observation_space == space
+    obs = np.random.default_rng(0).random((20, 5, 5, 2)) < 0.5
+    np.testing.assert_array_equal(policy.predict(obs)[0], agent.predict(obs, deterministic=True)[0])
+
+
+def test_sizes_of_numpys_numbers_are_stored(tmp_path: Path) -> None:
+    kwargs = {"net_arch": [np.int64(8)], "leak": np.float32(0.5), "timesteps": 2, "persistent": np.bool_(True)}
+    agent = SpikingDQN("MlpPolicy", "CartPole-v1", policy_kwargs=kwargs, buffer_size=1000, device="cpu")
+    save_policy(agent, tmp_path / "policy.safetensors", {"score": np.float64(1.5), "seed": np.int32(3)})
+    policy = load_policy(tmp_path / "policy.safetensors")
+    assert policy.metadata["net_arch"] == [8]
+    assert policy.metadata["provenance"] == {"score": 1.5, "seed": 3}
+
+
+@pytest.mark.parametrize("provenance", [{"when": object()}, {("a", "b"): 1}])
+def test_provenance_that_json_cannot_hold_is_refused(
+    agent: SpikingDQN, tmp_path: Path, provenance: dict[Any, Any]
+) -> None:
+    with pytest.raises(ValueError, match="provenance must hold what JSON does"):
+        save_policy(agent, tmp_path / "policy.safetensors", provenance)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        (gym.spaces.Discrete(3, start=1), "from 0 on"),
+        (gym.spaces.Box(-1, 1, (), np.float32), r"must have an axis, got shape \(\)"),
+        (gym.spaces.Box(-1, 1, (0,), np.float32), r"1 to 16,777,216 entries, got shape \(0,\)"),
+        (gym.spaces.Box(-1, 1, (2**24 + 1,), np.float32), "1 to 16,777,216 entries"),
+        (gym.spaces.MultiBinary(3), "knows Box and Discrete"),
+        (gym.spaces.Dict(a=gym.spaces.Discrete(2)), "knows Box and Discrete"),
+        (gym.spaces.Discrete(2**17), r"must lie in \[1, 65536\], got 131072"),
+    ],
+)
+def test_spaces_that_would_not_come_back_are_refused(space: gym.spaces.Space[Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_space(space)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int64, np.float16, np.float32, np.float64, np.bool_])
+def test_a_box_comes_back_as_it_was(dtype: Any) -> None:
+    space = gym.spaces.Box(0, 1, (2, 3), dtype)
+    check_space(space)
+    assert policy_file._space_from_json(policy_file._space_to_json(space)) == space
+
+
+def test_a_file_of_thousands_of_layers_is_refused(agent: SpikingDQN, path: Path) -> None:
+    metadata = load_policy(path).metadata
+    weights = load_file(path)
+    for metadata["net_arch"] in ([4] * 8000, [4] * 129):
+        save_file(weights, path, metadata={FORMAT: json.dumps(metadata)})
+        with pytest.raises(ValueError, match=f"at most 128 layers, got {len(metadata['net_arch'])}"):
+            load_policy(path)
+    kwargs = {"net_arch": [2] * 129}
+    deep = DQN("MlpPolicy", "CartPole-v1", policy_kwargs=kwargs, buffer_size=10, device="cpu")
+    with pytest.raises(ValueError, match=r"at most 128 layers, got 129.*keep model\.zip"):
+        save_policy(deep, path, {})
+
+
+def test_loading_leaves_nothing_behind(path: Path) -> None:
+    """PyTorch keeps the code that it generates for a graph, and its lines, as long as the process lives."""
+    load_policy(path)
+    before = len(linecache.cache), len(_loader.eval_cache)
+    for _ in range(5):
+        load_policy(path)
+    assert (len(linecache.cache), len(_loader.eval_cache)) == before

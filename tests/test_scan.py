@@ -402,3 +402,27 @@ def test_without_a_carry_the_rest_is_the_same(request: pytest.FixtureRequest, wh
         assert torch.equal(ours, expected)
     with torch.no_grad():
         assert torch.equal(scan(*leaves, with_carry=False)[0], results[0][0])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of Triton's interpreter: inf times 0
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_cleared_membrane_is_silent_whatever_it_held(value: float, cuda: ModuleType) -> None:
+    """Not only membranes from before, but also those of a frame in the middle; gradients do not pass either way."""
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    (current, carry, threshold, leak), _ = example(6, 2, (5,), torch.float64)
+    assert current is not None
+    assert carry is not None
+    carry[0] = value
+    current[3, 1] = value  # the last step of the second frame
+    clear, sound = torch.tensor([[0.0, 1.0], [1.0, 1.0], [1.0, 0.0]]).double(), current.clone()
+    sound[3, 1] = 0
+    from_silence = torch.cat([torch.zeros_like(carry[:1]), carry[1:]])
+    _, want_carry = reference_scan(sound, from_silence, threshold, leak, clear)
+    for scan, device in ((reference_scan, "cpu"), (_cpu.cpu_scan, "cpu"), (cuda.cuda_scan, where)):
+        moved = [x.to(device).requires_grad_() for x in (current, carry, threshold, leak)]
+        spikes, last = scan(*moved, clear.to(device))
+        torch.testing.assert_close(last.cpu(), want_carry)
+        (grad,) = torch.autograd.grad(last.sum(), moved[0], retain_graph=True)
+        assert torch.isfinite(grad[4:]).all()
+        (grad_carry,) = torch.autograd.grad(spikes[:2].sum(), moved[1])
+        assert torch.equal(grad_carry[0].cpu(), torch.zeros(5).double())

@@ -206,3 +206,14 @@ def test_an_agent_that_has_acted_sees_its_new_weights() -> None:
     acted, _ = policy.q_net.act(x, None, None)
     with torch.no_grad():
         torch.testing.assert_close(torch.as_tensor(acted), policy.q_net(x)[0])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_samples_that_are_not_finite_leave_the_weights_alone(bad: float) -> None:
+    network = spiking_architecture(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), 1)
+    before = [p.clone() for p in network.parameters()]
+    samples = torch.rand(50, 3)
+    samples[7, 1] = bad
+    with pytest.raises(ValueError, match="the samples hold NaN or infinity: repair the environment"):
+        spread_first_synapse(network, samples)
+    assert all(torch.equal(p, q) for p, q in zip(network.parameters(), before, strict=True))

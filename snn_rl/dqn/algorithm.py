@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -11,6 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import torch
 from stable_baselines3 import DQN
+from stable_baselines3.common.base_class import BaseAlgorithm, maybe_make_env
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
@@ -18,6 +18,8 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFreq, TrainFrequencyUnit
 from stable_baselines3.common.utils import update_learning_rate
+from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.dqn.policies import DQNPolicy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,10 +27,20 @@ from snn_rl.activity import count_spikes, spikes_per_neuron
 from snn_rl.convert import DEFAULT_LEAK, DEFAULT_PERCENTILE, to_spiking
 from snn_rl.dqn.captured import CapturedGradient, gradient
 from snn_rl.dqn.losses import distillation_loss, n_step_returns
-from snn_rl.dqn.policy import CnnPolicy, MlpPolicy, NumpyState, SpikingDQNPolicy, SpikingQNetwork, q_network_ann
+from snn_rl.dqn.policy import (
+    CnnPolicy,
+    MlpPolicy,
+    NumpyState,
+    SpikingDQNPolicy,
+    SpikingQNetwork,
+    check_forwards,
+    q_network_ann,
+)
 from snn_rl.dqn.replay import SequenceReplayBuffer, Windows, frame_stack_of
-from snn_rl.dqn.teacher import StackedTeacher, frames_of
+from snn_rl.dqn.spaces import check_spaces, in_one_line
+from snn_rl.dqn.teacher import Player, StackedTeacher, frames_of
 from snn_rl.network import State
+from snn_rl.plain import evaluation_copy
 from snn_rl.spread import scale_currents, spread_first_synapse
 
 SelfSpikingDQN = TypeVar("SelfSpikingDQN", bound="SpikingDQN")
@@ -39,12 +51,13 @@ SPIKES_EVERY = 100  # updates: how often spikes are counted for the log, which i
 class SpikingDQN(DQN):
     """DQN whose Q-network spikes; its membranes persist from frame to frame and are cleared where an episode starts.
 
-    Takes SB3's DQN arguments but ``optimize_memory_usage`` (frames are stored once anyway), with these differences:
+    Takes SB3's DQN arguments, with these differences:
 
     Args:
         policy: ``"MlpPolicy"``, ``"CnnPolicy"`` or a subclass of `SpikingDQNPolicy`; ``policy_kwargs`` also take
             ``timesteps``, ``leak``, ``leak_reset`` and ``persistent``.
         batch_size: windows per update (not transitions).
+        optimize_memory_usage: changes nothing. The replay stores each frame once in any case, and nothing is truncated.
         sequence_length: frames of a window that are trained on.
         burn_in: frames before them that only warm the membranes up, without gradient.
         n_steps: of the n-step return inside a window.
@@ -54,11 +67,22 @@ class SpikingDQN(DQN):
         spike_weight: of the spikes per neuron and frame (summed over the micro-steps), a loss that saves energy.
 
     Targets are double-Q (van Hasselt et al. 2016); online and target network burn in separately, each under its own
-    weights, from silence (Kapturowski et al. 2019). Updates begin once every environment has stored
-    ``burn_in + sequence_length + n_steps`` frames, however small ``learning_starts`` is.
+    weights, from silence (Kapturowski et al. 2019). Other differences from SB3's DQN:
+
+    - Updates begin once every environment has stored ``burn_in + sequence_length + n_steps`` frames, however small
+      ``learning_starts`` is.
+    - The replay is a `SequenceReplayBuffer`, for any ``n_steps``. It holds timelines of frames, not the arrays
+      ``observations``, ``rewards`` and ``dones`` of SB3's buffers. `HerReplayBuffer` is refused.
+    - Dict observations are refused, as are actions or observations that do not count from 0 (`check_spaces`).
+    - Batch-norm is folded into the weights when the network is built, so its statistics do not move with training.
+      The Q-network has one ``network`` in place of ``features_extractor`` and ``q_net``.
+    - Exploration draws from a generator of its own, once for each environment. ``seed``, `set_random_seed` and
+      ``load(..., seed=)`` seed it; without a seed it follows numpy's global seed. A loaded agent goes on where the
+      saved one stopped.
 
     Raises:
-        ValueError: an argument out of range, an action space that is not discrete, a network that cannot be converted.
+        UnsupportedSpaceError: a space that `check_spaces` refuses; a ValueError, and an AssertionError as in SB3.
+        ValueError: an argument out of range, or a network that cannot be converted.
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MlpPolicy": MlpPolicy, "CnnPolicy": CnnPolicy}
@@ -81,18 +105,13 @@ class SpikingDQN(DQN):
         gradient_steps: int = 1,
         replay_buffer_class: type[ReplayBuffer] | None = None,
         replay_buffer_kwargs: dict[str, Any] | None = None,
+        optimize_memory_usage: bool = False,
         n_steps: int = 1,
         target_update_interval: int = 10_000,
         exploration_fraction: float = 0.1,
         exploration_initial_eps: float = 1.0,
         exploration_final_eps: float = 0.05,
         max_grad_norm: float = 10,
-        sequence_length: int = 8,
-        burn_in: int = 8,
-        td_weight: float = 1.0,
-        distillation_weight: float = 0.0,
-        distillation_temperature: float = 0.5,
-        spike_weight: float = 0.0,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -100,6 +119,13 @@ class SpikingDQN(DQN):
         seed: int | None = None,
         device: torch.device | str = "auto",
         _init_setup_model: bool = True,
+        *,
+        sequence_length: int = 8,
+        burn_in: int = 8,
+        td_weight: float = 1.0,
+        distillation_weight: float = 0.0,
+        distillation_temperature: float = 0.5,
+        spike_weight: float = 0.0,
     ) -> None:
         for name, value, least in (
             ("batch_size", batch_size, 1),
@@ -128,43 +154,45 @@ class SpikingDQN(DQN):
         self.distillation_weight = distillation_weight
         self.distillation_temperature = distillation_temperature
         self.spike_weight = spike_weight
-        self.teacher: DQN | StackedTeacher | None = None  # set by whoever trains with a distillation loss; never saved
+        self._teacher: DQN | StackedTeacher | None = None
         self.distilled = 0  # updates that `distill` has made
-        self._last_state: NumpyState | None = None  # aligned with `_last_obs`: the membranes before it is seen
-        self._next_state: NumpyState | None = None  # after it was seen; committed with the transition
+        # Of whoever acts, aligned with `_last_obs`: its state (the membranes of this agent) before it sees that.
+        self._last_state: Any = None
+        self._next_state: Any = None  # after it was seen; committed with the transition
         self._exploration: np.random.Generator | None = None
         self._captured: tuple[tuple[Any, ...], CapturedGradient] | None = None
-        self._actor: DQN | StackedTeacher | None = None  # who acts in place of this agent, while `collect` runs
-        try:
-            super().__init__(
-                policy,
-                env,
-                learning_rate,
-                buffer_size,
-                learning_starts,
-                batch_size,
-                tau,
-                gamma,
-                train_freq,
-                gradient_steps,
-                replay_buffer_class=replay_buffer_class or SequenceReplayBuffer,
-                replay_buffer_kwargs=replay_buffer_kwargs,
-                n_steps=1,  # SB3 warns of any other beside a buffer class; set below
-                target_update_interval=target_update_interval,
-                exploration_fraction=exploration_fraction,
-                exploration_initial_eps=exploration_initial_eps,
-                exploration_final_eps=exploration_final_eps,
-                max_grad_norm=max_grad_norm,
-                stats_window_size=stats_window_size,
-                tensorboard_log=tensorboard_log,
-                policy_kwargs=policy_kwargs,
-                verbose=verbose,
-                seed=seed,
-                device=device,
-                _init_setup_model=False,
-            )
-        except AssertionError as error:  # how SB3 refuses a space
-            raise ValueError(f"DQN needs a Discrete action space; discretise the actions first ({error})") from error
+        self._actor: Player | None = None  # who acts in place of this agent, while `collect` runs
+        if env is not None:  # a loaded agent may have none
+            env = self._checked_env(env, verbose)
+        elif _init_setup_model:
+            raise ValueError("env must be an environment or the id of one, got None")
+        super().__init__(
+            policy,
+            env,
+            learning_rate,
+            buffer_size,
+            learning_starts,
+            batch_size,
+            tau,
+            gamma,
+            train_freq,
+            gradient_steps,
+            replay_buffer_class=replay_buffer_class or SequenceReplayBuffer,
+            replay_buffer_kwargs=replay_buffer_kwargs,
+            n_steps=1,  # SB3 warns of any other beside a buffer class; set below
+            target_update_interval=target_update_interval,
+            exploration_fraction=exploration_fraction,
+            exploration_initial_eps=exploration_initial_eps,
+            exploration_final_eps=exploration_final_eps,
+            max_grad_norm=max_grad_norm,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            seed=seed,
+            device=device,
+            _init_setup_model=False,
+        )
         self.n_steps = n_steps
         if _init_setup_model:
             self._setup_model()
@@ -176,11 +204,18 @@ class SpikingDQN(DQN):
                 f"SpikingDQN needs a SpikingDQNPolicy, got {theirs}; "
                 "load an ANN by stable_baselines3.DQN.load and convert it by SpikingDQN.from_ann"
             )
+        self.optimize_memory_usage = False  # whatever `load` was given: SB3 would truncate the last trajectory
         if self.replay_buffer is None and self.env is not None:
             self.replay_buffer_kwargs = {"frame_stack": frame_stack_of(self.env), **self.replay_buffer_kwargs}
         n_steps, self.n_steps = self.n_steps, 1
-        super()._setup_model()
+        saved = self._exploration  # of a loaded agent, unless `load` was given a seed
+        super()._setup_model()  # calls set_random_seed
         self.n_steps = n_steps
+        # An own generator: drawing from numpy's global one would tie the agent to whatever else draws from it.
+        if saved is not None:
+            self._exploration = saved
+        elif self._exploration is None:  # no seed: one draw, so that SB3's global `set_random_seed` decides
+            self._exploration = np.random.default_rng(np.random.randint(2**32, dtype=np.uint32))
         if self.replay_buffer is not None:
             slots = self.window_length + self.replay_buffer.frame_stack - 1
             if self.replay_buffer.buffer_size < slots:
@@ -188,9 +223,19 @@ class SpikingDQN(DQN):
                     f"buffer_size must be >= {slots * self.n_envs} for windows of burn_in + sequence_length + n_steps "
                     f"= {self.window_length} frames in each of {self.n_envs} environments, got {self.buffer_size}"
                 )
-        # An own generator: drawing from numpy's global one would tie the agent to whatever else draws from it.
-        if self._exploration is None:  # a loaded agent's goes on where it was
-            self._exploration = np.random.default_rng(self.seed)
+
+    @classmethod
+    def _checked_env(cls, env: GymEnv | str, verbose: int) -> VecEnv:
+        """The environment as SB3 wraps it (vectorised, images with their channels first), its spaces checked."""
+        env = cls._wrap_env(maybe_make_env(env, verbose), verbose)
+        check_spaces(env.observation_space, env.action_space)
+        return env
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """SB3's, and the generator that exploration draws from. None changes nothing."""
+        super().set_random_seed(seed)
+        if seed is not None:
+            self._exploration = np.random.default_rng(seed)
 
     # --- acting
 
@@ -221,6 +266,8 @@ class SpikingDQN(DQN):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
+        if self.distillation_weight and self._actor is None:  # said before the first step, not at the first update
+            self._check_taught()
         result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         assert self._last_episode_starts is not None
         if self._last_episode_starts.all():  # the environments were just reset, perhaps another number of them
@@ -230,15 +277,24 @@ class SpikingDQN(DQN):
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
-        actor = self._actor or self
-        assert self._last_obs is not None
-        actions, self._next_state = actor.predict(
-            self._last_obs, self._last_state, self._last_episode_starts, deterministic=True
-        )
-        actions = self._explore(actions, _dqn_of(actor).exploration_rate)
-        if self.num_timesteps < learning_starts:
-            actions = np.array([self.action_space.sample() for _ in range(n_envs)])
+        actor: Player = self if self._actor is None else self._actor
+        assert isinstance(self._last_obs, np.ndarray)
+        actions, self._next_state = self._greedy(actor, self._last_obs, self._last_state, self._last_episode_starts)
+        actions = self._explore(actions, 1.0 if self.num_timesteps < learning_starts else _exploration_rate(actor))
         return actions, actions
+
+    def _greedy(
+        self, actor: Player, obs: np.ndarray, state: Any, episode_start: np.ndarray | None
+    ) -> tuple[np.ndarray, Any]:
+        """An actor's greedy actions (n_envs,), checked before an environment takes them, and its state afterwards."""
+        greedy, state = actor.predict(obs, state, episode_start, deterministic=True)
+        actions, n = np.asarray(greedy), int(self.action_space.n)  # type: ignore[attr-defined]
+        if actions.shape != (len(obs),) or actions.dtype.kind not in "iu" or not ((actions >= 0) & (actions < n)).all():
+            raise ValueError(
+                f"{_named(actor)} must choose one of the actions 0 to {n - 1} in each of {len(obs)} environments, "
+                f"got {' '.join(str(actions).split())[:80]} of {actions.dtype}"
+            )
+        return actions, state
 
     def _store_transition(
         self,
@@ -257,6 +313,32 @@ class SpikingDQN(DQN):
     # --- learning
 
     @property
+    def teacher(self) -> DQN | StackedTeacher | None:
+        """Whose Q-values a distillation loss regresses on; None at first, and never saved with the agent.
+
+        Assign an SB3 DQN, a `SpikingDQN` or a `StackedTeacher`. Raises ValueError for anything else, and for one of
+        other spaces or on another device.
+        """
+        return self._teacher
+
+    @teacher.setter
+    def teacher(self, teacher: DQN | StackedTeacher | None) -> None:
+        if teacher is not None:
+            if not isinstance(teacher, DQN | StackedTeacher):
+                raise ValueError(
+                    f"a teacher must be a stable_baselines3.DQN or a StackedTeacher, got {_named(teacher)}"
+                )
+            if isinstance(teacher, DQN) and isinstance(teacher.policy, SpikingDQNPolicy):
+                _check_spiking(teacher, "teacher")
+            _check_same_spaces(self, teacher, "this agent", "the teacher has")
+            device = _dqn_of(teacher).device
+            if device.type != self.device.type:
+                raise ValueError(f"the teacher is on {device}, this agent on {self.device}; load both on one device")
+            if isinstance(teacher, StackedTeacher):
+                teacher.check_burn_in(self.burn_in)
+        self._teacher = teacher
+
+    @property
     def window_length(self) -> int:
         """Frames per sampled window: burn-in, training, and the bootstrap of the last n-step return."""
         return self.burn_in + self.sequence_length + self.n_steps
@@ -267,7 +349,7 @@ class SpikingDQN(DQN):
         if not self.replay_buffer.holds_windows(self.window_length):
             return
         if self.distillation_weight:
-            self._check_teacher()
+            self._check_taught()
         self._update_learning_rate(self.policy.optimizer)
         losses = [
             self._update(
@@ -281,12 +363,9 @@ class SpikingDQN(DQN):
             self.logger.record(f"threshold/{name}", lif.threshold.item())
             self.logger.record(f"leak/{name}", lif.leak.item())
 
-    def _check_teacher(self) -> None:
-        if not isinstance(self.teacher, DQN | StackedTeacher):
-            raise ValueError(
-                "distillation needs a teacher: assign the ANN or the parent, an agent, to `.teacher`, which is "
-                + _named(self.teacher)
-            )
+    def _check_taught(self) -> None:
+        if self._teacher is None:
+            raise ValueError("distillation needs a teacher: assign the ANN or the parent, an agent, to `.teacher`")
 
     def _update(
         self, td_weight: float, distillation_weight: float, batch_size: int, *, log_spikes: bool = False
@@ -432,15 +511,17 @@ class SpikingDQN(DQN):
         an agent's ``teacher``, and the actor of its first `collect`, is a `StackedTeacher`.
 
         Raises:
-            ValueError: no DQN or one that spikes, spaces of ``env`` that are not its, or a network that cannot be
-                converted.
+            ValueError: no DQN or one that spikes, a Q-network with a forward of its own (dueling, masked), spaces of
+                ``env`` that are not its, or a network that cannot be converted.
         """
-        if not isinstance(dqn, DQN):
-            raise ValueError(
-                f"from_ann takes a stable_baselines3.DQN, got {_named(dqn)}; of a file, DQN.load makes one"
-            )
-        if isinstance(dqn.policy, SpikingDQNPolicy):
-            raise ValueError("the agent spikes already; SpikingDQN.from_parent takes it to fewer timesteps")
+        _check_ann(dqn)
+        check_forwards(dqn.policy)
+        if calibration_steps < 1:
+            raise ValueError(f"calibration_steps must be >= 1, got {calibration_steps}")
+        env = cls._checked_env(env, kwargs.get("verbose", 0))
+        frames = frames_of(dqn.observation_space, env.observation_space)
+        stacked = frames is not None and frames > 1
+        _check_same_spaces(env, StackedTeacher(dqn, env.observation_space) if stacked else dqn)
         policy_kwargs = {
             "net_arch": dqn.policy.net_arch,
             "activation_fn": dqn.policy.activation_fn,
@@ -455,14 +536,8 @@ class SpikingDQN(DQN):
             "persistent": persistent,
             **(kwargs.pop("policy_kwargs", None) or {}),
         }
-        if calibration_steps < 1:
-            raise ValueError(f"calibration_steps must be >= 1, got {calibration_steps}")
         kwargs.setdefault("gamma", dqn.gamma)
         model = cls(SpikingDQNPolicy, env, policy_kwargs=policy_kwargs, **kwargs)
-        assert model.env is not None
-        frames = frames_of(dqn.observation_space, model.observation_space)
-        stacked = frames is not None and frames > 1
-        model._check_spaces_of(dqn, stacked=stacked)
         player = StackedTeacher(dqn, model.observation_space) if stacked else dqn
         batches = (
             preprocess_obs(
@@ -479,14 +554,20 @@ class SpikingDQN(DQN):
             model.q_net_target.load_state_dict(model.q_net.state_dict())
             return model
         network = to_spiking(
-            copy.deepcopy(q_network_ann(dqn.q_net)).to(model.device),
+            evaluation_copy(q_network_ann(dqn.q_net)).to(model.device),
             batches,  # type: ignore[arg-type]
             percentile,
             timesteps,
             leak=leak,
             leak_reset=leak_reset,
         )
-        model.q_net.network.load_state_dict(network.state_dict())
+        try:
+            model.q_net.network.load_state_dict(network.state_dict())
+        except RuntimeError as error:
+            raise ValueError(
+                "the layers of the Q-network are not those that its policy's net_arch and features extractor describe, "
+                "so a policy cannot be built for them; convert the network itself by snn_rl.to_spiking"
+            ) from error
         model.q_net_target.load_state_dict(model.q_net.state_dict())
         return model
 
@@ -507,10 +588,11 @@ class SpikingDQN(DQN):
             raise ValueError("the parent is at 1 timestep already, and there are no fewer")
         if not 1 <= timesteps < parent.timesteps:
             raise ValueError(f"timesteps must lie in [1, {parent.timesteps - 1}], below the parent's, got {timesteps}")
+        env = cls._checked_env(env, kwargs.get("verbose", 0))
+        _check_same_spaces(env, parent)
         policy_kwargs = {**parent.policy_kwargs, **(kwargs.pop("policy_kwargs", None) or {}), "timesteps": timesteps}
         policy = type(parent.policy)
         model = cls(policy, env, policy_kwargs=policy_kwargs, **{"gamma": parent.gamma, **kwargs})
-        model._check_spaces_of(parent)
         try:
             model.q_net.load_state_dict(parent.q_net.state_dict(), strict=True)
         except RuntimeError as error:
@@ -523,39 +605,45 @@ class SpikingDQN(DQN):
         """Micro-steps per frame."""
         return self.q_net.network.timesteps
 
-    def _check_spaces_of(self, other: DQN, *, stacked: bool = False) -> None:
-        names = ("action_space",) if stacked else ("observation_space", "action_space")
-        for name in names:
-            if getattr(self, name) != getattr(other, name):
-                raise ValueError(
-                    f"the environment's {name} is {getattr(self, name)}, but the agent was trained on "
-                    f"{getattr(other, name)}; build it as for that agent's training"
-                )
-
-    def _play(self, actor: DQN | StackedTeacher, steps: int) -> Iterator[np.ndarray]:
+    def _play(self, actor: Player, steps: int) -> Iterator[np.ndarray]:
         """Observations (n_envs, ...) of another agent's epsilon-greedy play, ``steps`` in all, from fresh episodes."""
         assert self.env is not None
         obs, state, episode_start = self.env.reset(), None, np.ones(self.n_envs, dtype=bool)
         for _ in range(-(-steps // self.n_envs)):
             assert isinstance(obs, np.ndarray)
             yield obs
-            actions, state = actor.predict(obs, state, episode_start, deterministic=True)
-            obs, _, episode_start, _ = self.env.step(self._explore(actions, _dqn_of(actor).exploration_rate))
+            actions, state = self._greedy(actor, obs, state, episode_start)
+            obs, _, episode_start, _ = self.env.step(self._explore(actions, _exploration_rate(actor)))
 
-    def collect(self, actor: DQN | StackedTeacher, steps: int, callback: MaybeCallback = None) -> None:
+    def collect(self, actor: Player, steps: int, callback: MaybeCallback = None) -> None:
         """Store ``steps`` environment steps of another agent's epsilon-greedy play in this agent's replay buffer.
 
         A freshly converted network's own play is worthless as replay; a stage starts from its parent's instead.
-        ``callback`` is called at each step, as SB3's ``learn`` calls it.
+
+        The actor is whatever has the ``predict`` of SB3's algorithms: any of them, a `LoadedPolicy`, a `StackedTeacher`
+        or an object of your own (`Player`). It acts with ``deterministic=True``, and this agent replaces its actions by
+        random ones at the actor's ``exploration_rate``. Of an actor without that attribute, the rate is 0. The actor
+        gets back the state that it returned, of whatever type. ``callback`` is called as by SB3's ``learn``.
+
+        Raises:
+            ValueError: ``steps`` below 1, an agent without environment, something that has no ``predict``, an actor of
+                other spaces (before the first step), or invalid actions (before an environment takes them).
         """
-        assert self.env is not None
-        assert self.replay_buffer is not None
         if steps < 1:
             raise ValueError(f"steps must be >= 1, got {steps}")
+        if isinstance(actor, type) or not callable(getattr(actor, "predict", None)):
+            raise ValueError(
+                "collect takes an agent that has SB3's predict(observation, state, episode_start, deterministic), "
+                f"got {_named(actor)}"
+            )
+        if self.env is None:
+            raise ValueError("collect needs an environment; call set_env, or pass env to load")
+        assert self.replay_buffer is not None
+        _check_same_spaces(self, actor, "this agent", "the actor has")
         self._last_obs = None  # start from fresh episodes, which are the actor's alone
-        _, called = self._setup_learn(steps, callback, reset_num_timesteps=False)
         self._actor = actor
         try:
+            _, called = self._setup_learn(steps, callback, reset_num_timesteps=False)
             self.collect_rollouts(
                 self.env,
                 called,
@@ -565,7 +653,8 @@ class SpikingDQN(DQN):
         finally:
             self._actor = None
             self._current_progress_remaining = 1.0  # the learning rate's schedule is this agent's, and has not begun
-            self._last_obs = None  # and hand over at an episode start: the actor's membranes are not this agent's
+            self._last_obs = None  # and hand over at an episode start: the actor's state is not this agent's
+            self._last_state = self._next_state = None  # nor is it to be saved with this agent
 
     def keep_rates(self, parent: SpikingDQN, windows: int = 64) -> None:
         """Take the network of a ``parent`` at more micro-steps, with thresholds at which each layer fires as often.
@@ -593,7 +682,7 @@ class SpikingDQN(DQN):
         ``after_update`` is called after each of them. Ends with the target network equal to the online one. Raises
         ValueError where no teacher is set.
         """
-        self._check_teacher()
+        self._check_taught()
         if gradient_steps < 1:
             raise ValueError(f"gradient_steps must be >= 1, got {gradient_steps}")
         schedule = learning_rate or (lambda _: self.lr_schedule(self._current_progress_remaining))
@@ -611,24 +700,72 @@ class SpikingDQN(DQN):
         """SB3's ``load``, for files that you trust: a ``model.zip`` is unpickled, and so can run code of its writer.
 
         What comes from elsewhere is loaded by `snn_rl.load_policy`, from a ``policy.safetensors``, which runs none.
+
+        Exploration goes on where the saved agent stopped. With ``seed=`` it starts anew, as SB3's does.
         """
+        if kwargs.get("seed") is not None:
+            kwargs["_exploration"] = None  # SB3 sets attributes of `kwargs` in place of those saved
         return super().load(*args, **kwargs)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "teacher", "_actor", "_captured"]
+        return [*super()._excluded_save_params(), "_teacher", "_actor", "_captured"]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_captured": None}  # a copy has weights of its own
 
 
+def _check_ann(agent: object) -> None:
+    """Check that `SpikingDQN.from_ann` can convert the agent, as far as its type says."""
+    policy = getattr(agent, "policy", None)
+    if isinstance(policy, SpikingDQNPolicy):
+        raise ValueError("the agent spikes already; SpikingDQN.from_parent takes it to fewer timesteps")
+    if isinstance(agent, DQN):
+        return
+    if isinstance(policy, DQNPolicy):  # a LoadedPolicy: DQN.load cannot read its file
+        hint = (
+            ", which only plays; load the agent's SB3 zip by DQN.load, or build a DQN of the same layers and copy the "
+            "weights by dqn.q_net.load_state_dict(loaded.policy.q_net.state_dict())"
+        )
+    elif isinstance(agent, BaseAlgorithm):
+        hint = ", whose network is no DQN's; collect takes it as an actor"
+    else:
+        hint = "; DQN.load makes one of an SB3 zip"
+    raise ValueError(f"from_ann takes a stable_baselines3.DQN, got {_named(agent)}{hint}")
+
+
 def _check_spiking(agent: object, method: str) -> None:
-    if isinstance(agent, DQN) and isinstance(agent.policy, SpikingDQNPolicy) and not isinstance(agent, SpikingDQN):
-        raise ValueError(f"{method} takes a SpikingDQN, got one that DQN.load has loaded; load it by SpikingDQN.load")
-    if not isinstance(agent, SpikingDQN):
-        raise ValueError(f"{method} takes a SpikingDQN, got {_named(agent)}; of an ANN, SpikingDQN.from_ann makes one")
+    if isinstance(agent, SpikingDQN):
+        return
+    got, way_out = _named(agent), "of an ANN, SpikingDQN.from_ann makes one"
+    if isinstance(getattr(agent, "policy", None), SpikingDQNPolicy):
+        if isinstance(agent, DQN):
+            got, way_out = "one that DQN.load has loaded", "load it by SpikingDQN.load"
+        else:  # a LoadedPolicy
+            way_out = "load the agent's SB3 zip by SpikingDQN.load"
+    raise ValueError(f"{method} takes a SpikingDQN, got {got}; {way_out}")
+
+
+def _check_same_spaces(
+    ours: Any, theirs: Any, we: str = "the environment", they: str = "the agent was trained on"
+) -> None:
+    """Check the spaces of an environment or agent against those of another agent, which may have none (a `Player`)."""
+    for name in ("observation_space", "action_space"):
+        has, wants = getattr(ours, name), getattr(theirs, name, None)
+        if wants is None or has == wants:
+            continue
+        way_out = "build it as for that agent's training"
+        if name == "observation_space" and (frames_of(wants, has) or 1) > 1:
+            way_out = "StackedTeacher lets a DQN on a stack of frames act on one"
+        raise ValueError(f"{we}'s {name} is {in_one_line(has)}, but {they} {in_one_line(wants)}; {way_out}")
+
+
+def _exploration_rate(actor: Player) -> float:
+    return float(getattr(actor, "exploration_rate", 0.0))
 
 
 def _named(value: object) -> str:
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
     return "None" if value is None else f"a {type(value).__name__}"
 
 

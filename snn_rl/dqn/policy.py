@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from typing import Any
 
@@ -32,6 +33,32 @@ EVENT_DRIVEN_STEPS = 6
 def q_network_ann(q_net: QNetwork) -> nn.Sequential:
     """The layers of an SB3 Q-network as one module, from preprocessed observations to Q-values."""
     return nn.Sequential(OrderedDict(features=q_net.features_extractor, q=q_net.q_net))
+
+
+def check_forwards(policy: DQNPolicy) -> None:
+    """Refuse a policy that computes its Q-values or actions in a way of its own, on top of its layers.
+
+    Conversion, policy files and `snn_rl.without_dead_units` take the features extractor and the layers behind it. What
+    a dueling, negated or masked Q-network does with them would be lost.
+
+    Raises:
+        ValueError: a policy or Q-network that overrides how its outputs are computed, by its class and method.
+    """
+    spiking = isinstance(policy, SpikingDQNPolicy)
+    policy_class, network_class = (SpikingDQNPolicy, SpikingQNetwork) if spiking else (DQNPolicy, QNetwork)
+    checked: list[tuple[str, nn.Module, type[nn.Module], tuple[str, ...]]] = [
+        ("policy", policy, policy_class, ("forward", "predict", "_predict", "obs_to_tensor"))
+    ]
+    for q_net in (policy.q_net, policy.q_net_target):
+        checked.append(("Q-network", q_net, network_class, ("forward", "_predict", "extract_features")))
+    for what, module, base, methods in checked:
+        for method in methods:
+            if getattr(type(module), method, None) is not getattr(base, method) or method in vars(module):
+                raise ValueError(
+                    f"the {what} is a {type(module).__name__}, whose {method} is its own and would be lost; only the "
+                    f"layers of SB3's {base.__name__} can be taken. An agent of another kind can be the `teacher` of a "
+                    "SpikingDQN that starts from new weights"
+                )
 
 
 def _event_driven(network: SpikingNetwork) -> EventDriven | None:
@@ -67,6 +94,8 @@ class SpikingQNetwork(QNetwork):
         super().__init__(
             observation_space, action_space, features_extractor, features_dim, net_arch, activation_fn, normalize_images
         )
+        # For `save`, so that `load` can build the network anew. Without weights, and in a list: no part of this module.
+        self._extractor = [copy.deepcopy(features_extractor).to("meta")]
         self.network = spiking_architecture(q_network_ann(self), timesteps, leak=leak, leak_reset=leak_reset)
         self.persistent = persistent
         self._events = _event_driven(self.network)
@@ -128,6 +157,19 @@ class SpikingQNetwork(QNetwork):
         assert isinstance(x, Tensor)
         return x
 
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        extractor = copy.deepcopy(self._extractor[0]).to_empty(device="cpu")
+        with torch.no_grad():
+            for tensor in (*extractor.parameters(), *extractor.buffers()):
+                tensor.zero_()
+        return {
+            **super()._get_constructor_parameters(),
+            "features_extractor": extractor,
+            "timesteps": self.network.timesteps,
+            "leak_reset": next(iter(self.network.lif_layers.values())).leak_reset,
+            "persistent": self.persistent,
+        }  # thresholds and leaks are parameters
+
     def _predict(self, observation: PyTorchObs, deterministic: bool = True) -> Tensor:
         return self(observation)[0].argmax(dim=1)
 
@@ -185,10 +227,20 @@ class SpikingDQNPolicy(DQNPolicy):
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {**super()._get_constructor_parameters(), **self.spiking_kwargs}
 
+    def parameters_to_vector(self) -> np.ndarray:
+        """All parameters as one array, whatever order they are stored in (SB3's own takes contiguous ones alone)."""
+        return torch.cat([p.detach().reshape(-1) for p in self.parameters()]).cpu().numpy()
+
     def load_from_vector(self, vector: np.ndarray) -> None:
-        """SB3's, which writes through ``.data``: the change is counted, so that acting sees it."""
-        super().load_from_vector(vector)
-        torch.autograd.graph.increment_version(list(self.parameters()))
+        """The inverse of `parameters_to_vector`; parameters keep the order in which they are stored."""
+        given, start = torch.as_tensor(vector), 0
+        size = sum(p.numel() for p in self.parameters())
+        if given.shape != (size,):
+            raise ValueError(f"vector must have shape ({size},), one entry per parameter, got {tuple(given.shape)}")
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(given[start : start + p.numel()].view(p.shape))
+                start += p.numel()
 
     def _to_tensor(self, observation: np.ndarray | dict[str, np.ndarray], device: torch.device) -> tuple[Tensor, bool]:
         """`obs_to_tensor`, which the plain case skips: arrays that fit the space need none of its questions."""
@@ -217,9 +269,13 @@ class SpikingDQNPolicy(DQNPolicy):
     ) -> tuple[np.ndarray, NumpyState]:
         """Greedy actions of a batch of environments (or of one bare observation) and their membranes afterwards.
 
-        ``state`` is what the previous call returned (None at first); where ``episode_start`` is True, that
-        environment's membranes are cleared first. ``deterministic`` changes nothing here: exploration is the
-        algorithm's. Raises ValueError for a state of another batch size or network.
+        ``state`` is what the previous call returned (None at first). Where ``episode_start`` is True, that
+        environment's membranes are cleared first. An observation of NaN or infinity is not refused. It stays in that
+        environment's membranes until its next ``episode_start``, which clears whatever they hold. ``deterministic``
+        changes nothing here: exploration is the algorithm's.
+
+        Raises:
+            ValueError: a state of another batch size or network.
         """
         if self.training:  # looked at first, for walking through all modules takes as long as a small network's frame
             self.set_training_mode(False)

@@ -22,13 +22,21 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecFrameStack, VecNormalize
 from torch import Tensor
 
+from snn_rl.dqn.spaces import channels_first, check_spaces
+
 
 def frame_stack_of(env: VecEnv) -> int:
-    """How many frames an environment stacks along the observation's stacking axis (1 where it does not)."""
+    """How many frames an environment stacks along the observation's `stacking_axis` (1 where it does not)."""
     inner = env
     while isinstance(inner, VecEnvWrapper):
         if isinstance(inner, VecFrameStack):
-            return int(inner.stacked_obs.n_stack)
+            space, stack = inner.observation_space, inner.stacked_obs
+            if not isinstance(space, spaces.Box):
+                return 1
+            axis = stack.repeat_axis % len(stack.stacked_shape)
+            if channels_first(space) is not space:  # SB3 moves the channels of such images from last to first
+                axis = (axis + 1) % 3
+            return int(stack.n_stack) if axis == stacking_axis(stack.stacked_shape) else 1
         inner = inner.venv
     return int(getattr(inner, "frame_stack", 1))
 
@@ -55,13 +63,15 @@ class SequenceReplayBuffer(ReplayBuffer):
     Args:
         buffer_size: transitions in all, divided among the environments as SB3 does.
         observation_space, action_space, device, n_envs: as in SB3.
+        optimize_memory_usage: changes nothing. Each frame is stored once in any case.
         frame_stack: how many frames an observation stacks along its `stacking_axis`; see `frame_stack_of`.
         n_steps, gamma: of the return that `sample` computes.
 
     Observations are kept unnormalised; samples are normalised by the ``VecNormalize`` passed in, as in SB3.
 
     Raises:
-        ValueError: a dict observation space, a size too small, or a stack that does not divide the observation.
+        ValueError: a space that `check_spaces` refuses, a size too small, or a stack that does not divide the
+            observation.
     """
 
     def __init__(
@@ -77,8 +87,7 @@ class SequenceReplayBuffer(ReplayBuffer):
         n_steps: int = 1,
         gamma: float = 0.99,
     ) -> None:
-        if isinstance(observation_space, spaces.Dict):
-            raise ValueError("dict observations cannot be replayed as frames; flatten them with FlattenObservation")
+        check_spaces(observation_space, action_space)
         # Not ReplayBuffer's own __init__, which takes memory for every stacked observation, twice.
         BaseBuffer.__init__(self, buffer_size, observation_space, action_space, device, n_envs=n_envs)
         self.buffer_size = buffer_size // n_envs  # slots per environment

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from snn_rl.files import atomic
-from snn_rl.network import FrameDropout, Gain, SpikingNetwork
+from snn_rl.network import FrameDropout, Gain, NetworkGraph, SpikingNetwork
 from snn_rl.neuron import LIF
 
 if TYPE_CHECKING:
@@ -245,7 +245,7 @@ def from_nir(graph: nir.NIRGraph, timesteps: int | None = None) -> SpikingNetwor
                 legal = f"node{len(made)}_" + "".join(c if c.isalnum() else "_" for c in name)
                 root.add_module(legal, _module(name, node, nir, dt, leak_reset=leak_reset))
                 made[name] = built.call_module(legal, (x,))
-    return SpikingNetwork(fx.GraphModule(root, built), timesteps)
+    return SpikingNetwork(NetworkGraph(root, built), timesteps)
 
 
 def _module(name: str, node: Any, nir: Any, dt: float, *, leak_reset: bool) -> nn.Module:

@@ -90,18 +90,14 @@ def _forward(
     blocks = (width + block - 1) // block
     silence = np.zeros(min(block, width), spikes.dtype)
     between = np.empty((2, min(block, width)), spikes.dtype)  # carries of even and odd steps
-    kept = np.empty(min(block, width), spikes.dtype)
     for i in range(first, last):
         row, low = i // blocks, i % blocks * block
         high = min(width, low + block)
         size = high - low
         before = carry_0[row, low:high] if carry_0_at else silence[:size]
         for t in range(steps):
-            if keep_at and t % frame == 0:
-                factor = keep[t // frame, row]
-                for j in range(size):
-                    kept[j] = before[j] * factor
-                before = kept[:size]
+            if keep_at and t % frame == 0 and keep[t // frame, row] == 0:
+                before = silence[:size]  # not 0 times what was there: that is NaN where it is
             to_neurons, fired = current[t // hold, row, low:high], spikes[t, row, low:high]
             if t == steps - 1 and not carry_at:
                 _last_step(before, to_neurons, fired, v)
@@ -200,18 +196,14 @@ def _backward(
     nothing = np.zeros(min(block, width), grad_spikes.dtype)
     u = np.empty((steps, min(block, width)), grad_spikes.dtype)
     between = np.empty((2, min(block, width)), grad_spikes.dtype)  # of even and odd steps: carries, then dL/du
-    kept = np.empty(min(block, width), grad_spikes.dtype)
     for i in range(first, last):
         row, low = i // blocks, i % blocks * block
         high = min(width, low + block)
         size = high - low
         before = carry_0[row, low:high] if carry_0_at else nothing[:size]
         for t in range(steps):
-            if keep_at and t % frame == 0:
-                factor = keep[t // frame, row]
-                for j in range(size):
-                    kept[j] = before[j] * factor
-                before = kept[:size]
+            if keep_at and t % frame == 0 and keep[t // frame, row] == 0:
+                before = nothing[:size]
             to_neurons, after = current[t // hold, row, low:high], between[t % 2, :size]
             if t == steps - 1:
                 _last_potentials(before, to_neurons, u[t, :size])
@@ -238,11 +230,8 @@ def _backward(
                     for j in range(size):
                         to_current[j] += grad_u[j]
             later = grad_u
-            if keep_at and t % frame == 0:
-                factor = keep[t // frame, row]
-                for j in range(size):
-                    kept[j] = later[j] * factor
-                later = kept[:size]
+            if keep_at and t % frame == 0 and keep[t // frame, row] == 0:
+                later = nothing[:size]
         if grad_carry_0_at:
             for j in range(size):
                 grad_carry_0[row, low + j] = later[j]

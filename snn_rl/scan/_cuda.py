@@ -50,7 +50,8 @@ def _forward(
     for t in tl.static_range(STEPS):
         if keep is not None:
             if t % FRAME == 0:
-                carry *= tl.load(keep + t // FRAME * rows + i // width, inside, 0.0)
+                kept = tl.load(keep + t // FRAME * rows + i // width, inside, 0.0)
+                carry = tl.where(kept != 0, carry, 0.0)  # selected: 0 times NaN is NaN
         if t % HOLD == 0:
             drive = tl.load(current + t // HOLD * neurons + i, inside, 0.0).to(TYPE)
         u = carry + drive
@@ -82,7 +83,8 @@ def _backward(
     for t in tl.static_range(STEPS):
         if keep is not None:
             if t % FRAME == 0:
-                carry *= tl.load(keep + t // FRAME * rows + i // width, inside, 0.0)
+                kept = tl.load(keep + t // FRAME * rows + i // width, inside, 0.0)
+                carry = tl.where(kept != 0, carry, 0.0)  # selected: 0 times NaN is NaN
         if t % HOLD == 0:
             drive = tl.load(current + t // HOLD * neurons + i, inside, 0.0).to(TYPE)
         u = carry + drive
@@ -115,7 +117,8 @@ def _backward(
         later = grad_u
         if keep is not None:
             if t % FRAME == 0:
-                later *= tl.load(keep + t // FRAME * rows + i // width, inside, 0.0)
+                kept = tl.load(keep + t // FRAME * rows + i // width, inside, 0.0)
+                later = tl.where(kept != 0, later, 0.0)
     if grad_carry_0 is not None:
         tl.store(grad_carry_0 + i, later, inside)
     tl.store(sums + tl.program_id(0), tl.sum(tl.where(inside, to_v, 0.0)))

@@ -60,7 +60,7 @@ def reference_scan(
         current = current.repeat_interleave(hold, 0)
     carry = torch.zeros_like(current[0]) if carry is None else carry.to(compute)
     if keep is not None:
-        keep = keep.to(compute).reshape(*keep.shape, *[1] * (current.dim() - 2))
+        keep = (keep != 0).reshape(*keep.shape, *[1] * (current.dim() - 2))
     v, leak = bounded_threshold(raw_threshold), bounded_leak(raw_leak)
     spikes, carry = _Scan.apply(current, carry, v, leak, keep, leak_reset)
     return spikes.to(dtype), carry if with_carry else carry.new_empty(0)
@@ -72,7 +72,7 @@ class _Scan(torch.autograd.Function):
     Backward keeps the membrane potential alone; the spikes of the reset are recomputed from it. With
     ``g[t] = dL/dcarry[t]`` and ``s`` the surrogate do/dz at ``z = u / v - 1``:
 
-        dL/du[t] = dL/do[t] * s / v + leak * g[t]      g[t-1] = dL/du[t] (times keep, where a frame starts)
+        dL/du[t] = dL/do[t] * s / v + leak * g[t]      g[t-1] = dL/du[t] (0 where a frame starts from silence)
         dL/dv    = -sum(dL/do * s * u / v^2) - sum(g * o)          dL/dleak = sum(g * u)
     """
 
@@ -87,7 +87,7 @@ class _Scan(torch.autograd.Function):
         minus_reset = -v * leak if leak_reset else -v
         for t in range(steps):
             if keep is not None and t % frame == 0:
-                carry = carry * keep[t // frame]
+                carry = carry.where(keep[t // frame], 0)  # selected: 0 times NaN is NaN
             torch.add(carry, current[t], out=u[t])  # integrate
             torch.gt(u[t], v, out=spikes[t])  # fire
             carry = torch.addcmul(leak * u[t], spikes[t], minus_reset)  # reset
@@ -108,7 +108,7 @@ class _Scan(torch.autograd.Function):
             grad_carries[t] = grad_carry
             grad_carry = torch.addcmul(through_spike[t], grad_carry, leak, out=grad_u[t])
             if keep is not None and t % frame == 0:
-                grad_carry = grad_carry * keep[t // frame]
+                grad_carry = grad_carry.where(keep[t // frame], 0)
         reset = (grad_carries * (u > v)).sum()
         grad_v = -(through_spike * u).sum() / v - reset * (leak if ctx.leak_reset else 1)
         grad_leak = (grad_carries * u).sum() - (reset * v if ctx.leak_reset else 0)

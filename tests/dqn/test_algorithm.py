@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -630,7 +629,7 @@ def test_a_spike_weight_saves_spikes(ann: DQN) -> None:
     assert rate[1.0] < 0.7 * rate[0.0]
 
 
-def test_a_spiking_parent_can_teach(ann: DQN) -> None:
+def test_a_spiking_parent_can_teach(ann: DQN, tmp_path: Path) -> None:
     kwargs = {**TINY, "policy_kwargs": {}}
     parent = SpikingDQN.from_ann(ann, cartpole(2), timesteps=3, **kwargs)
     child = SpikingDQN(
@@ -643,8 +642,8 @@ def test_a_spiking_parent_can_teach(ann: DQN) -> None:
     child.teacher = parent
     child.collect(parent, 100)
     assert child.distill(3) > 0
-    saved = copy.deepcopy(child._excluded_save_params())
-    assert "teacher" in saved
+    child.save(tmp_path / "child.zip")
+    assert SpikingDQN.load(tmp_path / "child.zip", device="cpu").teacher is None  # it would be saved with it
 
 
 # --- bad input
@@ -728,12 +727,6 @@ def test_what_is_no_parent_is_named(ann: DQN, tmp_path: Path) -> None:
     for other in (tmp_path / "ann.zip", PPO("MlpPolicy", cartpole(), n_steps=8, batch_size=8, device="cpu")):
         with pytest.raises(ValueError, match=rf"from_ann takes a stable_baselines3.DQN, got a {type(other).__name__}"):
             SpikingDQN.from_ann(other, cartpole(2), **kwargs)  # type: ignore[arg-type]
-    agent.teacher = tmp_path / "ann.zip"  # type: ignore[assignment]
-    agent.collect(ann, 200)
-    with pytest.raises(
-        ValueError, match=r"assign the ANN or the parent, an agent, to `.teacher`, which is a PosixPath"
-    ):
-        agent.distill(1)
 
 
 def test_an_anns_zip_is_no_spiking_agents(ann: DQN, tmp_path: Path) -> None:

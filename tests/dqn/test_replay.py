@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from stable_baselines3.common.buffers import NStepReplayBuffer
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize, VecTransposeImage
 
+from snn_rl import SpikingDQN
 from snn_rl.dqn.replay import SequenceReplayBuffer, frame_stack_of
 
 
@@ -272,7 +273,7 @@ def test_bad_arguments_are_named(kwargs: dict[str, int], message: str) -> None:
 
 def test_dict_observations_are_refused() -> None:
     space = spaces.Dict({"a": spaces.Box(0, 1, (2,), np.float32)})
-    with pytest.raises(ValueError, match="dict observations cannot be replayed"):
+    with pytest.raises(ValueError, match=r"observations must not be a Dict, got .*; flatten them"):
         SequenceReplayBuffer(100, space, spaces.Discrete(2), "cpu")
 
 
@@ -336,3 +337,48 @@ def test_vec_frame_stack_under_transpose_is_understood() -> None:
     batch = buffer.sample(100)
     for k in range(100):
         assert (batch.next_observations[k].numpy() == seen[batch.observations[k].numpy().tobytes()]).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "order", "axis"),
+    [
+        ((6, 5, 1), np.uint8, None, 0),  # an image: SB3 moves its channels to the front
+        ((1, 6, 5), np.uint8, None, 0),
+        ((6, 5, 1), np.uint8, "first", 1),
+        ((6, 5, 1), np.float32, None, 2),  # no image to SB3: it is left as it is
+        ((6, 5, 1), np.float32, "first", 0),
+        ((6, 5), np.float32, None, 1),
+        ((6, 5), np.float32, "first", 0),
+        ((6,), np.float32, None, 0),
+        ((6,), np.float32, "first", 0),
+    ],
+)
+def test_frames_are_stored_once_where_they_are_stacked_along_the_axis_that_is_rebuilt(
+    shape: tuple[int, ...], dtype: Any, order: str | None, axis: int
+) -> None:
+    """And whole observations otherwise: what is sampled is what the environment showed, along any axis."""
+
+    class Env(Grey):
+        observation_space = spaces.Box(0, 255, shape, dtype)
+
+        def observe(self) -> np.ndarray:
+            return self.np_random.integers(0, 256, shape).astype(dtype)
+
+    env = VecFrameStack(DummyVecEnv([Env, Env]), 3, order)
+    env.seed(0)
+    agent = SpikingDQN("MlpPolicy", env, learning_starts=100, buffer_size=200, device="cpu")
+    buffer = agent.replay_buffer
+    assert buffer is not None
+    single = DummyVecEnv([Env])
+    one = (VecTransposeImage(single) if env.observation_space != agent.observation_space else single).observation_space
+    assert one.shape is not None
+    assert agent.observation_space.shape is not None
+    assert agent.observation_space.shape[axis] == 3 * one.shape[axis]
+    along = axis == (0 if len(shape) == 3 else len(shape) - 1)
+    assert buffer.frame_stack == (3 if along else 1)
+
+    seen: list[np.ndarray] = []
+    agent.learn(40, callback=lambda of, _: seen.append(of["self"]._last_obs.copy()) or True)  # type: ignore[func-returns-value]
+    batch = buffer.sample(50)
+    shown = {obs.tobytes() for step in seen for obs in step}
+    assert {obs.numpy().astype(dtype).tobytes() for obs in batch.observations} <= shown
