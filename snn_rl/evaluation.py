@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from gymnasium import spaces
 from stable_baselines3 import DQN
 from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.vec_env import (
     VecEnv,
     VecMonitor,
@@ -101,10 +104,16 @@ def evaluate(
         returns, lengths = _play(agent, env, episodes, counter, max_episode_steps, tick)
     measured = None
     if network is not None and counter is not None:
-        shape = agent.observation_space.shape or ()
         persistent = bool(agent.policy.q_net.persistent)
-        measured = activity(network, counter.rates(), shape, persistent=persistent)
+        measured = activity(network, counter.rates(), _input_shape(agent.observation_space), persistent=persistent)
     return Evaluation(returns, lengths, measured)
+
+
+def _input_shape(space: spaces.Space) -> tuple[int, ...]:
+    """Of one observation as the network takes it: a discrete one is one-hot."""
+    observation = preprocess_obs(torch.as_tensor(np.zeros((1, *(space.shape or ())), space.dtype)), space)
+    assert isinstance(observation, torch.Tensor)
+    return tuple(observation.shape[1:])
 
 
 def is_monitored(env: VecEnv) -> bool:

@@ -958,9 +958,9 @@ def test_environments_that_no_stage_can_learn_in_are_named_at_once(tmp_path: Pat
 
     other_for_the_ann = tiny(make_env=named, env_kwargs={"name": "CartPole-v1"}, ann_env_kwargs={"name": "Acrobot-v1"})
     for recipe, message in (
-        (of("Pendulum-v1"), r"cartpole needs Discrete actions from 0 on; wrap its environment, which has Box"),
-        (of("CartPole-v1", from_one), r"cartpole needs Discrete actions from 0 on; .* has Discrete\(2, start=1\)"),
-        (of("CartPole-v1", in_a_dict), r"cartpole needs a Box of observations; flatten its environment's, Dict"),
+        (of("Pendulum-v1"), r"cartpole: DQN needs a Discrete action space, got Box.*; discretise the actions"),
+        (of("CartPole-v1", from_one), r"cartpole: DQN needs Discrete actions from 0 on, got Discrete\(2, start=1\)"),
+        (of("CartPole-v1", in_a_dict), r"cartpole: observations must not be a Dict, got Dict.*; flatten them"),
         (of("CartPole-v1", num_envs=3), r"make_env of cartpole must return a VecEnv of 1 environments, got"),
         (tiny(make_env=lambda n, seed: gym.make("CartPole-v1"), env_kwargs={}), r"must return a VecEnv of 1 environ"),
         (tiny(make_env=lambda n, seed: gym.make_vec("CartPole-v1", n), env_kwargs={}), r"must return a VecEnv of 1"),

@@ -172,20 +172,22 @@ def test_running_statistics_are_refused(make_env: Callable[..., VecEnv], tmp_pat
 @pytest.mark.parametrize(
     ("env", "message"),
     [
-        (lambda: Episode(observation_space=spaces.Dict(a=spaces.Box(-1, 1, (3,)))), "needs a Box of observations"),
-        (lambda: Episode(observation_space=spaces.Discrete(4)), "needs a Box of observations"),
-        (lambda: Episode(action_space=spaces.Discrete(2, start=1)), "needs Discrete actions from 0 on"),
-        (lambda: Episode(action_space=spaces.MultiDiscrete([2, 2])), "needs Discrete actions from 0 on"),
-        (lambda: Episode(action_space=spaces.Box(-1, 1, (1,))), "needs Discrete actions from 0 on"),
-        (lambda: Episode(observation_space=spaces.Box(0, 1, (3,), np.bool_)), "no policy file could hold"),
-        (lambda: Episode(observation_space=spaces.Box(-1, 1, (), np.float32)), "no policy file could hold"),
+        (lambda: Episode(observation_space=spaces.Dict(a=spaces.Box(-1, 1, (3,)))), "FlattenObservation"),
+        (lambda: Episode(observation_space=spaces.Discrete(4, start=1)), "subtract the start"),
+        (lambda: Episode(observation_space=spaces.MultiBinary(4)), "a policy file knows Box and Discrete spaces"),
+        (lambda: Episode(observation_space=spaces.Box(-1, 1, (), np.float32)), r"shape \(1,\)"),
+        (lambda: Episode(observation_space=spaces.Box(0, 1, (2**13, 2**12), np.float32)), "16,777,216 entries"),
+        (lambda: Episode(action_space=spaces.Discrete(2, start=1)), "TransformAction, to add 1"),
+        (lambda: Episode(action_space=spaces.Discrete(2**17)), r"number of actions must lie in \[1, 65536\]"),
+        (lambda: Episode(action_space=spaces.MultiDiscrete([2, 2])), "discretise the actions"),
+        (lambda: Episode(action_space=spaces.Box(-1, 1, (1,))), "discretise the actions"),
     ],
-    ids=["dict", "discrete", "start", "multidiscrete", "box", "bool", "no shape"],
+    ids=["dict", "counts from 1", "binary", "no shape", "huge", "start", "actions", "multidiscrete", "box"],
 )
 def test_spaces_that_some_stage_would_refuse_are_refused_at_once(
     env: Callable[[], Episode], message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=f"mine .*{message}"):
+    with pytest.raises(ValueError, match=f"^mine: .*{message}"):
         run(recipe(of(env)), tmp_path / "run", device="cpu")
     assert not (tmp_path / "run").exists()
 
@@ -213,19 +215,24 @@ def test_convolutions_that_do_not_fit_are_refused_at_once(tmp_path: Path) -> Non
         spaces.Box(-1, 1, (3,), np.float64),
         spaces.Box(-1, 1, (1, 3), np.float32),
         spaces.Box(-1, 1, (3,), np.float16),
+        spaces.Box(0, 200, (3,), np.uint16),
+        spaces.Box(0, 1, (3,), np.bool_),
+        spaces.Discrete(4),
     ],
     ids=str,
 )
-def test_other_boxes_go_through_every_stage(space: spaces.Box, tmp_path: Path) -> None:
+def test_other_spaces_go_through_every_stage(space: spaces.Space, tmp_path: Path) -> None:
     class Other(Episode):
         observation_space = space
 
         def seen(self) -> np.ndarray:
-            return super().seen().astype(space.dtype).reshape(space.shape)
+            return space.sample()
 
     results = run(recipe(of(Other), schedule=(1,)), tmp_path, device="cpu")
-    assert [stage["stage"] for stage in results["stages"]] == ["ann", "T1"]
-    assert load_policy(tmp_path / "T1" / "policy.safetensors").observation_space == space
+    policy = load_policy(tmp_path / "T1" / "policy.safetensors")
+    assert policy.observation_space == space
+    inputs = 4 if isinstance(space, spaces.Discrete) else 3  # one-hot
+    assert results["stages"][1]["energy"]["ann_ops"] == inputs * 16 + 16 * 2
 
 
 def test_one_action_is_enough(tmp_path: Path) -> None:
