@@ -10,7 +10,8 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -737,19 +738,39 @@ def test_a_run_in_a_program_says_what_it_does(tmp_path: Path) -> None:
     assert "T1 begins, from ann" in said
 
 
-@pytest.mark.parametrize(
-    ("before", "said"),
-    [
-        ('logging.getLogger("snn_rl").setLevel(logging.WARNING)', ""),
-        ('logging.getLogger("snn_rl").addHandler(logging.NullHandler())', ""),
-        ("logging.basicConfig()", ""),
-        ('logging.basicConfig(level=logging.INFO, format="mine: %(message)s")', "mine: ann begins, from nothing"),
-    ],
-)
-def test_a_program_that_has_set_up_logging_keeps_what_it_set_up(before: str, said: str, tmp_path: Path) -> None:
-    lines = program(tmp_path, before)[1].splitlines()
-    assert lines[:1] == ([said] if said else [])
-    assert all(line.startswith("mine: ") for line in lines)
+@contextmanager
+def logging_of(*handlers: logging.Handler) -> Iterator[None]:
+    """The root logger with these handlers, and without those of pytest's own."""
+    root = logging.getLogger()
+    own, root.handlers = root.handlers, list(handlers)
+    try:
+        yield
+    finally:
+        root.handlers = own
+
+
+@pytest.mark.parametrize("configured", ["level", "null handler", "root"])
+def test_a_program_that_has_set_up_logging_keeps_what_it_set_up(
+    configured: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log, null = logging.getLogger("snn_rl"), logging.NullHandler()
+    if configured == "level":
+        log.setLevel(logging.WARNING)
+    if configured == "null handler":
+        log.addHandler(null)
+    try:
+        with logging_of(*([null] if configured == "root" else [])):
+            with show_log():
+                log.info("never")
+                if configured == "level":
+                    log.warning("always")
+            assert log.handlers == ([null] if configured == "null handler" else [])
+            assert log.level == (logging.WARNING if configured == "level" else logging.NOTSET)
+    finally:
+        log.setLevel(logging.NOTSET)
+        log.removeHandler(null)
+    said = [line[9:] for line in capsys.readouterr().err.splitlines()]
+    assert said == (["always"] if configured == "level" else [])
 
 
 def test_bars_show_what_takes_long(tmp_path: Path) -> None:
@@ -770,19 +791,18 @@ def test_a_stderr_that_a_program_closed_ends_no_training(tmp_path: Path) -> None
     assert program(tmp_path, "sys.stderr.close()", bars=True)[0] == "done [] 0\n"
 
 
-def test_a_log_goes_to_stderr_as_it_is_by_then(capsys: pytest.CaptureFixture[str]) -> None:
-    log, root = logging.getLogger("snn_rl"), logging.getLogger()
-    handlers, root.handlers = root.handlers, []  # pytest's own
-    try:
+def test_a_log_is_said_once_and_to_stderr_as_it_is_by_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = logging.getLogger("snn_rl")
+    with logging_of():
         with show_log():
+            monkeypatch.setattr(sys, "stderr", sys.stdout)
             with show_log():  # a run within another's log
                 log.info("once")
             log.info("twice")
         log.info("never")
-    finally:
-        root.handlers = handlers
-    assert [line[9:] for line in capsys.readouterr().err.splitlines()] == ["once", "twice"]
-    assert log.level == logging.NOTSET
+    assert [line[9:] for line in capsys.readouterr().out.splitlines()] == ["once", "twice"]
 
 
 def test_without_tqdm_there_is_no_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
