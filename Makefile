@@ -20,10 +20,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 install: $(STAMP)  ## Set up .venv
 
-pong: $(STAMP)  ## Train the Pong agents (ARGS="--recipe pong --seed 1" ...)
+pong: $(STAMP)  ## Train Pong agents, about two hours (ARGS="--recipe pong --seed 1")
 	$(BIN)/python scripts/train_pong.py $(ARGS)
 
-cartpole: $(STAMP)  ## Train the CartPole agents
+cartpole: $(STAMP)  ## Train CartPole agents, about five minutes
 	$(BIN)/python scripts/train_cartpole.py $(ARGS)
 
 # A window where there is a display, watch.gif where there is none.
@@ -34,12 +34,12 @@ watch: $(STAMP)  ## Watch a trained agent play (FILE=..., ARGS="--steps 2000 --v
 test: $(STAMP)  ## Run the tests
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
-lint: $(STAMP)  ## Check format, lint and types
+lint: $(STAMP)  ## Check format, style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-format: $(STAMP)  ## Format and sort imports
+format: $(STAMP)  ## Format the code and fix what can be fixed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -54,7 +54,7 @@ $(BENCH)/.installed: pyproject.toml constraints.txt Makefile
 	$(BENCH)/bin/python -m pip install --quiet --constraint constraints.txt $(PEERS)
 	touch $@
 
-bench: $(BENCH)/.installed  ## Compare speed and memory with other frameworks (half an hour)
+bench: $(BENCH)/.installed  ## Compare speed and memory with other frameworks, about half an hour
 	$(BENCH)/bin/python benchmarks/layers.py nature --batch 32
 	$(BENCH)/bin/python benchmarks/layers.py nature --batch 256 --rounds 5
 	$(BENCH)/bin/python benchmarks/layers.py vgg16 --batch 32 --rounds 3
@@ -62,8 +62,8 @@ bench: $(BENCH)/.installed  ## Compare speed and memory with other frameworks (h
 	$(BENCH)/bin/python benchmarks/scaling.py $(BENCH)/scaling.png
 	$(BENCH)/bin/python benchmarks/agents.py
 
-features: $(BENCH)/.installed  ## Compare features with other frameworks: write docs/features.md
+features: $(BENCH)/.installed  ## Compare features with other frameworks and write docs/features.md
 	$(BENCH)/bin/python benchmarks/features.py $(ARGS)
 
-clean:  ## Remove the environment and caches, not the runs
+clean:  ## Remove .venv and caches, but not the runs
 	rm -rf $(VENV) $(BENCH) .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,11 +1,42 @@
 """Agents: one file per family, each a recipe. ``RECIPES`` lists them by name."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from agents.breakout import BREAKOUT_LITE
 from agents.cartpole import CARTPOLE, CARTPOLE_NO_VELOCITY
 from agents.pong import PONG, PONG_LITE, PONG_SINGLE_FRAME
 from snn_rl.recipe import Recipe
 
+if TYPE_CHECKING:
+    from stable_baselines3.common.vec_env import VecEnv
+
+    from snn_rl.policy_file import LoadedPolicy
+
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (BREAKOUT_LITE, CARTPOLE, CARTPOLE_NO_VELOCITY, PONG, PONG_LITE, PONG_SINGLE_FRAME)
 }
+
+
+def environment_of(policy: LoadedPolicy, num_envs: int = 1, seed: int = 0, **overrides: Any) -> VecEnv:
+    """The environment that a policy was trained in: ``num_envs`` copies, seeded ``seed, seed + 1, ...``.
+
+    The policy file names the recipe, which builds the environment, and the environment's arguments. ``overrides`` give
+    an argument another value, such as ``sticky=0.25``.
+
+    Raises:
+        ValueError: a recipe that is not in ``RECIPES``, or as `Recipe.build_env`.
+    """
+    provenance = policy.metadata["provenance"]
+    name = provenance.get("recipe")
+    if not isinstance(name, str) or name not in RECIPES:
+        raise ValueError(
+            f"the policy file was made by the recipe {name!r}, and there are {', '.join(RECIPES)}; add your recipe to "
+            "RECIPES in agents/__init__.py, or name the environment with --env where the command has this option"
+        )
+    env_kwargs = provenance.get("env_kwargs", {})
+    if not isinstance(env_kwargs, dict):
+        raise ValueError(f"the policy file's env_kwargs must be an object, got {env_kwargs!r}")
+    return RECIPES[name].build_env(num_envs, seed, **{**env_kwargs, **overrides})

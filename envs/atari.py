@@ -187,9 +187,19 @@ def make_atari(
 ) -> VecEnv:
     """Build ``num_envs`` monitored copies of an Atari game, seeded ``seed, seed + 1, ...``.
 
-    ``sticky`` is the probability that the emulator repeats the previous action: 0 in the paper's protocol, 0.25 in
-    that of Machado et al. (2018). An episode is truncated after ``max_episode_frames`` emulator frames (60 a second).
-    Raises ValueError as `AtariVecEnv` does.
+    Args:
+        game: ale-py's name of the game, such as ``pong``.
+        num_envs: number of copies.
+        seed: seed of the first copy.
+        image_size: height and width of an observation in pixels.
+        frame_stack: number of latest frames in an observation.
+        sticky: probability that the game repeats the last action: 0 in the paper, 0.25 in Machado et al. (2018).
+        max_episode_frames: emulator frames, 60 a second, after which an episode is cut off.
+        clip_reward: whether agents see the sign of a reward only; returns are those of the game either way.
+        render_mode: ``rgb_array`` to draw the screen.
+
+    Raises:
+        ValueError: as `AtariVecEnv`.
     """
     env: VecEnv = VecMonitor(
         AtariVecEnv(

@@ -16,8 +16,13 @@ def make_cartpole(
 ) -> VecEnv:
     """Build ``num_envs`` monitored copies of CartPole-v1, seeded ``seed, seed + 1, ...`` at their first reset.
 
-    With ``velocities=False`` an observation is (cart position, pole angle), shape (2,): the agent has to remember,
-    unless ``frame_stack`` > 1 shows it the last observations as well, shape (frame_stack * 2,), newest last.
+    Args:
+        num_envs: number of copies.
+        seed: seed of the first copy.
+        velocities: whether an observation has the two velocities. Without them it is (cart position, pole angle), of
+            shape (2,), and the agent has to remember.
+        frame_stack: number of latest observations in an observation, one behind the other, newest last.
+        render_mode: ``rgb_array`` to draw the screen.
 
     Raises:
         ValueError: no environment asked for, or a stack or a seed out of range.

@@ -1,16 +1,20 @@
-"""Play full episodes with a policy file and print its returns."""
+"""Play full episodes with an agent and print its returns.
+
+The agent plays greedily, one episode per seed. By default the environment is the one that the agent was trained in.
+"""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository's agents, whatever else is installed
 
-from agents import RECIPES
-from snn_rl.cli import environment_of, exit_status
+from agents import environment_of
+from snn_rl.cli import DEVICE_HELP, ENV_HELP, STICKY_HELP, Parser, exit_status, named_environment
 from snn_rl.evaluation import evaluate
 from snn_rl.files import write_json
 from snn_rl.pipeline import PROTOCOL
@@ -20,14 +24,15 @@ from snn_rl.stages import check_device
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("file", type=Path, help="a policy.safetensors")
-    parser.add_argument("--episodes", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=TEST_SEEDS, help="of the first episode (default: the test seeds)")
-    parser.add_argument("--sticky", type=float, help="probability that Atari repeats the last action")
-    parser.add_argument("--clear", action="store_true", help="clear the membranes at every frame, for comparison")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the result there as well")
+    parser = Parser(__doc__)
+    parser.add_argument("file", metavar="FILE", type=Path, help="the agent, a policy.safetensors")
+    parser.add_argument("--episodes", type=int, default=20, help="number of episodes")
+    parser.add_argument("--seed", type=int, default=TEST_SEEDS, help="seed of the first episode; the others follow it")
+    parser.add_argument("--env", metavar="NAME", help=ENV_HELP)
+    parser.add_argument("--sticky", type=float, help=f"{STICKY_HELP} (default: as trained)")
+    parser.add_argument("--clear", action="store_true", help="clear the membrane potentials at every frame")
+    parser.add_argument("--device", default="auto", help=DEVICE_HELP)
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the results to this file (default: none)")
     options = parser.parse_args(argv)
 
     def command() -> None:
@@ -38,10 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             if policy.timesteps is None:
                 raise ValueError(f"{options.file} holds an ANN, which has no membranes to clear")
             policy.policy.q_net.persistent = False  # type: ignore[assignment]
+        build = environment_of if options.env is None else partial(named_environment, options.env)
         overrides = {} if options.sticky is None else {"sticky": options.sticky}
-        env = environment_of(policy, RECIPES, min(options.episodes, 100), options.seed, **overrides)
-        result = evaluate(policy, env, options.episodes)
         protocol = PROTOCOL + (f", sticky {options.sticky}" if options.sticky else "")
+        protocol += "" if options.env is None else f", in {options.env}"
+        with closing(build(policy, min(options.episodes, 100), options.seed, **overrides)) as env:
+            result = evaluate(policy, env, options.episodes)
         print(f"{options.file}: {result.mean:.2f} +- {result.std:.2f} over {options.episodes} episodes")
         print("returns:", " ".join(f"{r:g}" for r in result.returns))
         if result.activity is not None:

@@ -1,8 +1,7 @@
-"""Write a policy file or a classifier as NIR (.nir) or ONNX (.onnx), by the ending of the name."""
+"""Write an agent or a classifier as a NIR file (.nir) or an ONNX file (.onnx)."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
 
-from snn_rl.cli import exit_status
+from snn_rl.cli import Parser, exit_status
 from snn_rl.export import write_nir, write_onnx
 from snn_rl.network import SpikingNetwork
 from snn_rl.policy_file import load_policy
@@ -24,9 +23,11 @@ ENDINGS = (".nir", ".onnx")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("file", type=Path, help="a policy.safetensors, or a classifier's model.safetensors")
-    parser.add_argument("out", type=Path, help="OUT.nir or OUT.onnx")
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "file", metavar="FILE", type=Path, help="an agent's policy.safetensors, or a classifier's model.safetensors"
+    )
+    parser.add_argument("out", metavar="OUT", type=Path, help="the file to write; its name ends in .nir or .onnx")
     options = parser.parse_args(argv)
 
     def command() -> None:

@@ -1,36 +1,36 @@
-"""Write a policy file as a Hugging Face model repository: card, config, results, video; with --push-to, upload it."""
+"""Write an agent as a model repository for the Hugging Face hub: model card, config, results and video.
+
+Without --push-to, nothing is uploaded.
+"""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository's agents, whatever else is installed
 
-from typing import Any
-
-from stable_baselines3.common.vec_env import VecEnv
-
-from agents import RECIPES
-from snn_rl.cli import environment_of, exit_status
+from agents import environment_of
+from snn_rl.cli import Parser, exit_status
 from snn_rl.hub import NAMES, VIDEO, check_push, export, push
 from snn_rl.pipeline import PROTOCOL
-from snn_rl.policy_file import LoadedPolicy
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("file", type=Path, help="a policy.safetensors")
-    parser.add_argument("folder", type=Path, help="a new folder, or one that an earlier call wrote")
-    parser.add_argument("--episodes", type=int, default=20)
-    parser.add_argument("--video-steps", type=int, default=500, metavar="N", help="frames of the agent; 0: no video")
-    parser.add_argument("--push-to", metavar="OWNER/NAME", help="upload the folder there; needs a token in HF_TOKEN")
+    parser = Parser(__doc__)
+    parser.add_argument("file", metavar="FILE", type=Path, help="the agent, a policy.safetensors")
+    parser.add_argument(
+        "folder", metavar="FOLDER", type=Path, help="the folder to write: a new one, or one that this script wrote"
+    )
+    parser.add_argument("--episodes", type=int, default=20, help="number of episodes to play for the results")
+    parser.add_argument("--video-steps", type=int, default=500, metavar="N", help="frames of the video; 0: no video")
+    parser.add_argument(
+        "--push-to",
+        metavar="OWNER/NAME",
+        help="upload the folder to this repository of the hub, with the token in HF_TOKEN (default: no upload)",
+    )
     options = parser.parse_args(argv)
-
-    def build(policy: LoadedPolicy, num_envs: int, seed: int, **overrides: Any) -> VecEnv:
-        return environment_of(policy, RECIPES, num_envs, seed, **overrides)
 
     def command() -> None:
         if options.push_to is not None:
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         results = export(
             options.file,
             options.folder,
-            build,
+            environment_of,
             episodes=options.episodes,
             video_steps=options.video_steps,
             protocol=PROTOCOL,
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{options.folder}: {', '.join(written)}")
         print(f"mean reward {results['mean_reward']:.2f} +/- {results['std_reward']:.2f}")
         if options.video_steps and VIDEO not in written:
-            print("no video: it takes imageio and imageio-ffmpeg, pip install -e '.[scripts]'")
+            print("no video: install imageio and imageio-ffmpeg with pip install -e '.[scripts]'")
         if options.push_to is not None:
             print(push(options.folder, options.push_to))
 

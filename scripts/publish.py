@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,35 +9,37 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this repository's agents, whatever else is installed
 
-from agents import RECIPES
-from snn_rl.cli import environment_of, exit_status
+from agents import RECIPES, environment_of
+from snn_rl.cli import Parser, exit_status
 from snn_rl.evaluation import Evaluation, evaluate
-from snn_rl.files import read_json
 from snn_rl.pipeline import PROTOCOL
 from snn_rl.policy_file import LoadedPolicy
 from snn_rl.publish import publish, table_of_contents
 from snn_rl.recipe import SEEDS_PER_RUN, TEST_SEEDS
+from snn_rl.results import load_results
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("run", type=Path, help="the folder of a finished run, such as runs/pong-lite/seed-0")
-    parser.add_argument("--command", required=True, help="the command that trained it, for whoever trains it again")
-    parser.add_argument("--into", type=Path, default=ROOT / "agents" / "pretrained")
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "run", metavar="RUN", type=Path, help="the folder of a finished run, such as runs/pong-lite/seed-0"
+    )
+    parser.add_argument("--command", required=True, help="the command that trained it, to be listed")
+    into = ROOT / "agents" / "pretrained"
+    parser.add_argument("--into", type=Path, default=into, help="write below this folder (default: agents/pretrained)")
     options = parser.parse_args(argv)
 
     def play(policy: LoadedPolicy) -> Evaluation:
         seed = TEST_SEEDS + policy.metadata["provenance"]["seed"] * SEEDS_PER_RUN
         episodes = RECIPES[policy.metadata["provenance"]["recipe"]].eval_episodes
-        env = environment_of(policy, RECIPES, episodes, seed)
+        env = environment_of(policy, episodes, seed)
         try:
             return evaluate(policy, env, episodes)
         finally:
             env.close()
 
     def command() -> None:
-        path = options.run / "results.json"
-        recipe = read_json(path).get("recipe") if path.is_file() else None
+        recipe = load_results(options.run)["recipe"]
         if recipe not in RECIPES:
             raise ValueError(f"{options.run} is no run of a recipe here: {', '.join(RECIPES)}")
         published = publish(options.run, options.into / recipe, play, options.command, PROTOCOL)

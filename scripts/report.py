@@ -1,21 +1,20 @@
-"""Write figures and a self-contained report.html into a run's folder, from its results.json."""
+"""Write figures and a report.html into the folder of a run, from its results.json."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository's package, whatever else is installed
 
-from snn_rl.cli import exit_status
+from snn_rl.cli import Parser, exit_status
 from snn_rl.report import write_report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("run_dir", type=Path, help="such as runs/cartpole/seed-0")
+    parser = Parser(__doc__)
+    parser.add_argument("run_dir", metavar="RUN", type=Path, help="the folder of a run, such as runs/cartpole/seed-0")
     options = parser.parse_args(argv)
     return exit_status(lambda: print(write_report(options.run_dir)))
 

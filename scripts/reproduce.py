@@ -1,7 +1,7 @@
-"""Run one of the paper's tables end to end and write it as Markdown beside the paper's figures.
+"""Train what one of the paper's tables needs and write the table as Markdown, with the paper's figures beside ours.
 
-python scripts/reproduce.py table4 --minutes 10                                # again and again until it is done
-python scripts/reproduce.py table4 --recipe vgg6-cifar10-w0.25 --dataset FOLDER    # and any other field of the recipe
+Run the same command again to resume a run that was stopped. With --recipe, every field of the recipe is an option too:
+python scripts/train_vision.py RECIPE --help lists them.
 """
 
 from __future__ import annotations
@@ -14,21 +14,27 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository's package, whatever else is installed
 
-from snn_rl.cli import exit_status, overridden
+from snn_rl.cli import DEVICE_HELP, MINUTES_HELP, Parser, exit_status, overridden
 from snn_rl.memory import keep_freed_memory
 from snn_rl.vision import VISION_RECIPES, VisionRecipe
 from snn_rl.vision.paper import TABLES, reproduce
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("table", metavar="TABLE", help=", ".join(TABLES))
-    parser.add_argument("--recipe", help=f"in place of the paper's network: {', '.join(VISION_RECIPES)}")
-    parser.add_argument("--run-dir", type=Path, help="where its runs are kept (default: runs/paper)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--smoke", action="store_true", help="every run in seconds, learning nothing; needs --recipe")
-    parser.add_argument("--minutes", type=float, help="stop after the epoch in which they have passed (status 3)")
+    parser = Parser(__doc__)
+    parser.add_argument("table", metavar="TABLE", help=f"one of {', '.join(TABLES)}")
+    parser.add_argument(
+        "--recipe",
+        metavar="NAME",
+        help=f"train this recipe: one of {', '.join(VISION_RECIPES)} (default: the paper's networks)",
+    )
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="folder of the runs (default: runs/paper)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the runs")
+    parser.add_argument("--device", default="auto", help=DEVICE_HELP)
+    parser.add_argument(
+        "--smoke", action="store_true", help="take seconds for every run; nothing is learnt; needs --recipe"
+    )
+    parser.add_argument("--minutes", type=float, help=MINUTES_HELP)
     options, overrides = parser.parse_known_args(argv)
     directory = options.run_dir or Path("runs", "paper-smoke" if options.smoke else "paper")
     started = time.monotonic()

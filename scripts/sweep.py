@@ -1,4 +1,7 @@
-"""Run recipes x overrides x seeds on Ray and gather one table: docs/sweep.md. The same command goes on after a kill."""
+"""Train each recipe with each variant and each seed, on one machine or many, and write one table of all results.
+
+Run the same command again to resume a sweep that was stopped. docs/sweep.md says more.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository's agents, whatever else is installed
 
 from agents import RECIPES
-from snn_rl.cli import RESUMES, exit_status
+from snn_rl.cli import RESUMES, Parser, exit_status
 from snn_rl.sweep import Job, check_installed, cluster, jobs, markdown, sweep
 
 
@@ -20,24 +23,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("recipes", nargs="+", metavar="RECIPE", help=", ".join(RECIPES))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N")
+    parser = Parser(__doc__)
+    parser.add_argument("recipes", nargs="+", metavar="RECIPE", help=f"one or more of {', '.join(RECIPES)}")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="seeds of the runs")
     parser.add_argument(
         "--set",
         dest="overrides",
         nargs="*",
         action="append",
         metavar="FIELD=VALUE",
-        help="a variant: one or more fields of the recipe; again for the next one; nothing: the recipe as it is",
+        help="a variant: new values of the recipe's fields; give --set again for each variant, and --set without a "
+        "value for the recipe as it is (default: the recipe as it is)",
     )
-    parser.add_argument("--root", type=Path, default=Path("runs", "sweep"), help="default: runs/sweep")
-    parser.add_argument("--address", help="a Ray cluster: auto or HOST:PORT (default: this machine)")
-    parser.add_argument("--cpus-per-run", type=int, default=1)
+    parser.add_argument("--root", type=Path, metavar="DIR", default=Path("runs", "sweep"), help="folder of the sweep")
+    parser.add_argument("--address", help="address of a Ray cluster: auto or HOST:PORT (default: this machine alone)")
+    parser.add_argument("--cpus-per-run", type=int, metavar="N", default=1, help="CPUs for each run")
     parser.add_argument(
-        "--gpus-per-run", type=float, default=0.0, help="0.25: four runs share one (default: 0, no GPU)"
+        "--gpus-per-run", type=float, metavar="N", default=0.0, help="GPUs for each run; 0.25: four runs share one"
     )
-    parser.add_argument("--smoke", action="store_true", help="every run in seconds, learning nothing")
+    parser.add_argument("--smoke", action="store_true", help="take seconds for every run; nothing is learnt")
     return parser.parse_args(argv)
 
 

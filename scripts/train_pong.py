@@ -1,4 +1,4 @@
-"""Train Pong agents: ANN-DQN, conversion, temporal pruning. ``--help`` lists every field of the recipe."""
+"""Train Pong agents. ``--help`` lists every field of the recipe."""
 
 from __future__ import annotations
 

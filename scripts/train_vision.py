@@ -1,4 +1,4 @@
-"""Train classifiers: ANN, conversion, temporal pruning. ``RECIPE --help`` lists every field of the recipe.
+"""Train classifiers of images. ``RECIPE --help`` lists every field of the recipe.
 
 Under torchrun, on several GPUs or machines that share the run's folder (its status is 1 whatever ours is):
 torchrun --nproc-per-node 8 scripts/train_vision.py vgg16-imagenet

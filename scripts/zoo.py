@@ -1,4 +1,7 @@
-"""RL Zoo's commands with the algorithm ``spiking_dqn``; each takes RL Zoo's own options."""
+"""Run a command of RL Zoo, with SpikingDQN as the algorithm spiking_dqn.
+
+The options of a command are RL Zoo's own: python scripts/zoo.py COMMAND --help lists them. docs/zoo.md says more.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this repository's packages, whatever else is installed
 
-from snn_rl.cli import exit_status
+from snn_rl.cli import Parser, exit_status
 from snn_rl.files import atomic
 from snn_rl.stages import check_device
 from snn_rl.zoo import NAME, register
@@ -29,9 +32,14 @@ COMMANDS = ", ".join((*MODULES, *PLOTS))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, add_help=False)
-    parser.add_argument("command", nargs="?", help=COMMANDS)
-    parser.add_argument("--save", type=Path, metavar="PNG", help="plot_train, all_plots: write the figure, show none")
+    parser = Parser(__doc__, add_help=False)
+    parser.add_argument("command", metavar="COMMAND", nargs="?", help=f"one of {COMMANDS}")
+    parser.add_argument(
+        "--save",
+        type=Path,
+        metavar="PNG",
+        help="write the figure of plot_train or all_plots to this file (default: show it in a window)",
+    )
     options, arguments = parser.parse_known_args(argv)
     if options.command is None and {"-h", "--help"} & set(arguments):
         parser.print_help()

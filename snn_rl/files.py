@@ -1,10 +1,12 @@
-"""Atomic files: what stands under a name is whole, whatever kills the writer."""
+"""Atomic files and folders: what stands under a name is whole, whatever kills the writer."""
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,47 @@ def atomic(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(folder: Path, check: Callable[[Path], None]) -> Iterator[Path]:
+    """Yield an empty folder beside ``folder`` that takes its place at the end, whole, as `atomic` does for files.
+
+    ``check(folder)`` raises where what stands there must not be replaced; it is asked before and after the block.
+    """
+    folder = folder.resolve()
+    temporary, before = (folder.with_name(f"{TEMPORARY}{prefix}{folder.name}") for prefix in ("", "before-"))
+    if before.is_dir() and not folder.exists():  # a kill came in between two renamings
+        os.replace(before, folder)
+    check(folder)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        check(folder)
+        if not _exchange(temporary, folder):
+            shutil.rmtree(before, ignore_errors=True)
+            if folder.exists():
+                os.replace(folder, before)  # a folder replaces none that has something in it
+            try:
+                os.replace(temporary, folder)
+            except OSError:
+                if before.exists():
+                    os.replace(before, folder)
+                raise
+            shutil.rmtree(before, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names in one step; False where this system, or this file system, cannot, or one is missing."""
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError, TypeError):  # not Linux, or an old C library
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 @contextmanager
@@ -69,5 +112,5 @@ def read_json(path: Path) -> Any:
     """Read a JSON file. Raises ValueError naming the file where it is not JSON."""
     try:
         return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # broken text, numbers of thousands of digits; endless brackets
         raise ValueError(f"{path} is not valid JSON ({error}); remove it or restore it") from error

@@ -6,12 +6,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
-import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +18,7 @@ from typing import Any, Protocol
 from stable_baselines3.common.vec_env import VecEnv
 
 from snn_rl.evaluation import Evaluation, evaluate
-from snn_rl.files import TEMPORARY, atomic, read_json, write_json
+from snn_rl.files import atomic, atomic_folder, read_json, write_json
 from snn_rl.policy_file import FORMAT, LoadedPolicy, load_policy
 from snn_rl.recipe import SEEDS_PER_RUN, TEST_SEEDS
 from snn_rl.stages import versions
@@ -64,13 +62,13 @@ def export(
     policy = load_policy(file)
     provenance = policy.metadata["provenance"]
     run_seed = provenance.get("seed", 0)
-    if type(run_seed) is not int or run_seed < 0:
-        raise ValueError(f"the seed in the file's provenance must be an integer >= 0, got {run_seed!r}")
+    if type(run_seed) is not int or not 0 <= run_seed < 100_000:
+        raise ValueError(f"the seed in the file's provenance must be an integer in [0, 100000), got {run_seed!r}")
     seed = TEST_SEEDS + run_seed * SEEDS_PER_RUN
     env_id = provenance.get("env_id")
     if not isinstance(env_id, str) or not re.fullmatch(r"[\w./:-]+", env_id):
         raise ValueError(f"the env_id in the file's provenance must be an environment's name, got {env_id!r}")
-    with _replaced(folder) as temporary:
+    with atomic_folder(folder, _check_ours) as temporary:
         with atomic(temporary / POLICY) as path:
             shutil.copyfile(file, path)
         shipped = load_policy(temporary / POLICY)  # what is reported is what the copy returns
@@ -164,30 +162,6 @@ def _check_ours(folder: Path) -> None:
             foreign = [entry.name for entry in inside]
     if foreign:
         raise ValueError(f"{folder} holds what is not an earlier export: {', '.join(foreign[:3])}; give another folder")
-
-
-@contextmanager
-def _replaced(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder that takes ``folder``'s place at the end, whole; as `atomic` does for files."""
-    temporary = folder.with_name(f"{TEMPORARY}{folder.name}")
-    before = folder.with_name(f"{TEMPORARY}before-{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        _check_ours(folder)  # an evaluation may take minutes
-        shutil.rmtree(before, ignore_errors=True)
-        if folder.exists():
-            os.replace(folder, before)  # a folder replaces none that has something in it
-        try:
-            os.replace(temporary, folder)
-        except OSError:
-            if before.exists():
-                os.replace(before, folder)
-            raise
-        shutil.rmtree(before, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _config(policy: LoadedPolicy, env_id: str, path: Path) -> dict[str, Any]:
@@ -304,7 +278,7 @@ def _card(policy: LoadedPolicy, env_id: str, played: Evaluation, protocol: str, 
         where[-1],
         "policy = load_policy(path)",
         'kwargs = policy.metadata["provenance"]["env_kwargs"]',
-        f'env = RECIPES["{provenance.get("recipe")}"].build_env(1, 0, **kwargs)',
+        f"env = RECIPES[{json.dumps(provenance.get('recipe'))}].build_env(1, 0, **kwargs)",
         "print(evaluate_policy(policy, env, n_eval_episodes=5))",
         "```",
         "",

@@ -26,75 +26,83 @@ SMOKE_STEPS = 1_024  # of a smoke run's ANN
 SET_BY_RUN = {"num_envs", "seed"}  # arguments of `make_env` that no recipe sets
 
 
+# The comment at or above a field is its help on the command line.
+
+
 @dataclass(frozen=True)
 class NetworkConfig:
-    """The Q-network: convolutions ``(channels, kernel, stride)`` and a linear layer, or none; then ``net_arch``."""
+    """The Q-network: convolutions and a linear layer behind them, or neither, and then linear layers."""
 
-    convolutions: tuple[tuple[int, int, int], ...] = ()
-    features_dim: int = 512
-    net_arch: tuple[int, ...] = (64, 64)
+    convolutions: tuple[tuple[int, int, int], ...] = ()  # channels, kernel size and stride of each convolution
+    features_dim: int = 512  # units of the linear layer behind the convolutions
+    net_arch: tuple[int, ...] = (64, 64)  # units of each further linear layer
 
 
 @dataclass(frozen=True)
 class AnnConfig:
-    """The ANN stage: arguments of SB3's DQN, durations in environment steps."""
+    """The ANN stage, which trains an ordinary network with SB3's DQN."""
 
-    env_steps: int = 50_000
-    learning_rate: float = 1e-4
-    final_learning_rate: float = 1e-4  # reached linearly at the end of the budget
-    buffer_size: int = 100_000
-    learning_starts: int = 1_000
-    batch_size: int = 32
+    env_steps: int = 50_000  # environment steps of the stage, at most
+    learning_rate: float = 1e-4  # learning rate at the start
+    final_learning_rate: float = 1e-4  # learning rate at the end; it changes linearly from the one at the start
+    buffer_size: int = 100_000  # environment steps that the replay buffer holds
+    learning_starts: int = 1_000  # steps of random play before training begins
+    batch_size: int = 32  # transitions per gradient step
     train_every: int = 4  # environment steps between trainings
-    gradient_steps: int = 1  # per training
-    n_steps: int = 1
-    gamma: float = 0.99
-    target_update_every: int = 1_000
-    exploration_steps: int = 10_000
-    exploration_eps: float = 0.05  # final
-    adam_eps: float = 1e-8
-    max_grad_norm: float = 10.0
-    # Time constant of an exponential moving average of the weights, which is what is validated and kept; 0 keeps the
-    # weights as they stand. Greedy play swings from one update to the next, and with it what a stage hands on.
+    gradient_steps: int = 1  # gradient steps per training
+    n_steps: int = 1  # rewards that an n-step return adds up
+    gamma: float = 0.99  # discount factor, also of the spiking stages
+    target_update_every: int = 1_000  # environment steps between updates of the target network
+    exploration_steps: int = 10_000  # environment steps in which the share of random actions falls from 1
+    exploration_eps: float = 0.05  # share of random actions after that
+    adam_eps: float = 1e-8  # epsilon of the Adam optimizer
+    max_grad_norm: float = 10.0  # gradients are clipped to this norm
+    # validate and keep an exponential average of the weights over about this many environment steps; 0: no average.
+    # Greedy play swings from one update to the next, that of an average less
     average_steps: int = 0
-    drop_dead_units: bool = False  # at the end of the stage (`snn_rl.without_dead_units`)
+    # at the end of the stage, remove the units that are active on fewer than 1 in 100 observations
+    drop_dead_units: bool = False
 
 
 @dataclass(frozen=True)
 class SnnConfig:
-    """A spiking stage: conversion or pruning, distillation on the parent's play, then learning on its own play."""
+    """A spiking stage. Its parent is the stage before it. It learns from its parent's play first, then from its own."""
 
-    percentile: float = 99.0
-    leak: float = 0.9
+    percentile: float = 99.0  # the initial threshold is this percentile of the inputs of the ReLU that it replaces
+    leak: float = 0.9  # initial leak, the factor by which a membrane potential shrinks at each timestep; 1: no leak
+    # let the reset leak too: a membrane keeps leak * (potential - threshold * spike) instead of
+    # leak * potential - threshold * spike
     leak_reset: bool = False
-    persistent: bool = True
-    parent_steps: int = 10_000  # of the parent's play that fill the replay first
-    parent_eps: float = 0.04  # exploration in that play, which shows what mistakes lead to
-    distillation_updates: int = 300  # on it, before the stage plays itself
-    env_steps: int = 20_000  # of its own play, at most
-    same_compute: bool = False  # these two are of T = 1; a stage at T has a T-th of them, which takes as long
-    keep_rates: bool = True  # thresholds fall with T (`snn_rl.prune_timesteps`); False lowers T alone, as the paper
-    # Falls linearly from `learning_rate` to `play_learning_rate` while the stage distils from its parent's play, and on
-    # to a twentieth of that on its own play, which is of use only where it is good: at a low rate.
-    learning_rate: float = 1e-3
+    persistent: bool = True  # carry the membrane potentials from frame to frame; otherwise clear them at every frame
+    parent_steps: int = 10_000  # environment steps of the parent's play to learn from
+    parent_eps: float = 0.04  # share of random actions in the parent's play, which show what follows from a mistake
+    distillation_updates: int = 300  # gradient steps on the parent's play
+    env_steps: int = 20_000  # environment steps of the stage's own play, at most
+    same_compute: bool = False  # divide distillation-updates and env-steps by T, so that stages take equally long
+    # lower the thresholds with T, so that neurons fire as often per timestep as before; otherwise lower T alone, as the
+    # paper does
+    keep_rates: bool = True
+    learning_rate: float = 1e-3  # learning rate at the start, on the parent's play; it falls linearly
+    # learning rate at the end of the parent's play; on the stage's own play it falls linearly to a twentieth of this
     play_learning_rate: float = 1e-3
-    buffer_size: int = 50_000
-    batch_size: int = 16  # windows
-    sequence_length: int = 16
-    burn_in: int = 4
+    buffer_size: int = 50_000  # environment steps that the replay buffer holds
+    batch_size: int = 16  # windows of consecutive frames per gradient step
+    sequence_length: int = 16  # frames of a window that are trained on
+    burn_in: int = 4  # frames of a window before those, which only warm up the membrane potentials
     train_every: int = 8  # environment steps between trainings
-    gradient_steps: int = 4
-    n_steps: int = 3
-    target_update_every: int = 500
-    exploration_eps: float = 0.04  # in own play
-    restart_every: int = 0  # steps after which half of the training environments start anew; 0: none of them does
-    td_weight: float = 0.0
-    distillation_weight: float = 1.0
+    gradient_steps: int = 4  # gradient steps per training
+    n_steps: int = 3  # rewards that an n-step return adds up
+    target_update_every: int = 500  # environment steps between updates of the target network
+    exploration_eps: float = 0.04  # share of random actions in the stage's own play
+    restart_every: int = 0  # restart half of the training environments after this many of their steps; 0: never
+    td_weight: float = 0.0  # weight of the temporal-difference loss, which learns from rewards
+    distillation_weight: float = 1.0  # weight of the distillation loss, which learns the ANN's Q-values
+    # softmax temperature of the distillation loss; the lower it is, the more the best action counts
     distillation_temperature: float = 0.5
-    average_updates: int = 0  # as `AnnConfig.average_steps`, in updates: of distillation and of own play
-    spike_weight: float = 0.0  # of the spikes per neuron and frame in the loss: energy
-    adam_eps: float = 1e-8
-    max_grad_norm: float = 10.0
+    average_updates: int = 0  # as ann.average-steps, but in gradient steps; 0: no average
+    spike_weight: float = 0.0  # weight of the spikes per neuron and frame in the loss; higher: less energy
+    adam_eps: float = 1e-8  # epsilon of the Adam optimizer
+    max_grad_norm: float = 10.0  # gradients are clipped to this norm
 
 
 @dataclass(frozen=True)
@@ -103,15 +111,6 @@ class Recipe:
 
     ``ann_env_kwargs`` may let the ANN see a stack of frames (``frame_stack``) where the spiking agent sees one: the ANN
     then teaches, by distillation, what the membranes have to remember.
-    ``schedule`` lists the micro-steps per frame of the spiking stages, decreasing: 5-4-3-2-1, 5-3-1, or 1 alone,
-    straight from the ANN. ``total_snn_steps`` is a budget of environment steps for all of them together, divided
-    equally (the paper's cheap variant); None gives each stage ``snn.env_steps``, or with ``snn.same_compute`` a T-th.
-    A stage stops early where its return
-    on validation seeds reaches ``target_return`` in ``validations_at_target`` validations on end: where training
-    swings, one may be luck.
-    A checkpoint is written after a minute of training, or later, so that writing takes at most a twentieth of the time;
-    ``checkpoint_every`` adds one after every so many environment steps. An episode of validation or evaluation that
-    has more than ``max_episode_steps`` stops the run with an error, after which a larger number goes on from there.
 
     Raises:
         ValueError: a schedule that does not decrease, a number out of range, or a value that JSON does not hold.
@@ -120,22 +119,27 @@ class Recipe:
     name: str
     env_id: str
     make_env: Callable[..., Any] = field(repr=False)  # returns a VecEnv; SB3's own type would import torch
+    # arguments of the environment
     env_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
-    ann_env_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)  # added in the ANN stage
-    num_envs: int = 8
+    # arguments of the environment in the ANN stage alone, in addition to env-kwargs or instead of them
+    ann_env_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
+    num_envs: int = 8  # copies of the environment to train in at the same time
     network: NetworkConfig = field(default_factory=NetworkConfig)
     ann: AnnConfig = field(default_factory=AnnConfig)
     snn: SnnConfig = field(default_factory=SnnConfig)
-    schedule: tuple[int, ...] = (5, 4, 3, 2, 1)
+    schedule: tuple[int, ...] = (5, 4, 3, 2, 1)  # timesteps per frame (T) of each spiking stage, in decreasing order
+    # environment steps of all spiking stages together, divided equally; None: each stage has snn.env-steps
     total_snn_steps: int | None = None
-    target_return: float | None = None
-    validations_at_target: int = 1
-    validate_every: int = 5_000  # environment steps
-    validation_episodes: int = 20
-    eval_episodes: int = 20
-    checkpoint_every: int | None = None  # environment steps; None: by time alone
+    target_return: float | None = None  # end a stage early at this mean return on validation; None: never
+    validations_at_target: int = 1  # how many validations in a row must reach target-return
+    validate_every: int = 5_000  # environment steps between validations
+    validation_episodes: int = 20  # episodes per validation
+    eval_episodes: int = 20  # episodes that a finished stage plays for the results
+    # environment steps between checkpoints, in addition to those that are written every minute; None: only these
+    checkpoint_every: int | None = None
+    # environment steps of the longest episode in validation and evaluation; a longer one stops the training
     max_episode_steps: int = MAX_EPISODE_STEPS
-    cpu_threads: int | None = None  # of torch; None leaves it to torch. Small layers are faster on one.
+    cpu_threads: int | None = None  # CPU threads of torch; None: torch decides. Small networks are faster with 1.
 
     def __post_init__(self) -> None:
         check_plain(self.as_dict())
@@ -188,6 +192,11 @@ class Recipe:
         if stacked > 1 and stacked % seen:
             raise ValueError(
                 f"ann_env_kwargs.frame_stack must be a multiple of env_kwargs.frame_stack ({seen}), got {stacked}"
+            )
+        least = (max(stacked, seen) + 1) * self.num_envs  # the frames of an observation, and the one that follows
+        if self.ann.buffer_size < least:
+            raise ValueError(
+                f"ann.buffer_size must be >= {least}, a step of each environment, got {self.ann.buffer_size}"
             )
         frames = stacked // seen
         if frames > 1 and self.snn.burn_in < frames - 1:

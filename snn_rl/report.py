@@ -13,13 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from snn_rl.files import atomic, read_json
+from snn_rl.files import atomic
+from snn_rl.results import is_classifier, load_results
 
 # Okabe and Ito's palette, distinguishable without colour vision
 COLOURS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442")
-STAGE_KEYS = {"stage", "timesteps", "spike_rate", "energy", "threshold", "leak", "curve"}
-AGENT_KEYS = STAGE_KEYS | {"eval", "env_steps"}
-CLASSIFIER_KEYS = STAGE_KEYS | {"accuracy", "epochs"}
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "table{border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums}"
@@ -31,70 +29,6 @@ Results = Mapping[str, Any]
 Stage = Mapping[str, Any]
 
 
-def load_results(run_dir: str | Path) -> dict[str, Any]:
-    """Read and check ``run_dir/results.json``.
-
-    Raises:
-        ValueError: no such file, not JSON, a key missing, or a value that the page cannot show.
-    """
-    path = Path(run_dir) / "results.json"
-    if not path.is_file():
-        raise ValueError(f"no results at {path}; give the folder of a run, such as runs/cartpole/seed-0")
-    results = read_json(path)
-    if not isinstance(results, dict) or not isinstance(results.get("stages"), list):
-        raise ValueError(f"{path} is no results file: it has no list of stages")
-    missing = {"recipe", "env_id", "seed", "versions", "hardware"} - results.keys()
-    if missing:
-        raise ValueError(f"{path} lacks {sorted(missing)}; train again or restore it")
-    for index, stage in enumerate(results["stages"]):
-        keys = CLASSIFIER_KEYS if _is_classifier(stage) else AGENT_KEYS
-        missing = keys - stage.keys() if isinstance(stage, dict) else keys
-        if missing:
-            raise ValueError(f"{path}: stage {index} lacks {sorted(missing)}; train again or restore it")
-        if problem := _problem(stage):
-            raise ValueError(f"{path}: stage {index}: {problem}; train again or restore it")
-    if not results["stages"]:
-        raise ValueError(f"{path} holds no finished stage yet")
-    return results
-
-
-def _is_classifier(stage: Any) -> bool:
-    return isinstance(stage, dict) and "accuracy" in stage
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _problem(stage: Stage) -> str | None:
-    """What in a stage the page could not show, or None."""
-    result, curve, spiking = stage["eval" if "eval" in stage else "accuracy"], stage["curve"], _is_spiking(stage)
-    if _is_classifier(stage):
-        x, y, trained = "epochs", "accuracy", "epochs"
-        if not isinstance(result, dict) or not all(_is_number(result.get(k)) for k in ("top1", "top5", "images")):
-            return "accuracy must hold the numbers top1, top5 and images"
-    else:
-        x, y, trained = "env_steps", "returns", "env_steps"
-        if not isinstance(result, dict) or not all(_is_number(result.get(k)) for k in ("mean", "std", "episodes")):
-            return "eval must hold the numbers mean, std and episodes"
-        if not isinstance(result.get("returns"), list) or not all(map(_is_number, result["returns"])):
-            return "eval.returns must be a list of numbers"
-    at, values = (curve.get(k) if isinstance(curve, dict) else None for k in (x, y))
-    if not isinstance(at, list) or not isinstance(values, list) or len(at) != len(values):
-        return f"curve must hold the lists {x} and {y}, of one length"
-    if not _is_number(stage[trained]):
-        return f"{trained} must be a number, got {stage[trained]!r}"
-    rate = stage["spike_rate"]
-    if spiking and not (
-        isinstance(rate, dict) and _is_number(rate.get("mean")) and isinstance(rate.get("layers"), dict)
-    ):
-        return "spike_rate must hold mean and layers"
-    for key in ("threshold", "leak"):
-        if not isinstance(stage[key], dict):
-            return f"{key} must map layers to numbers, got {stage[key]!r}"
-    return None
-
-
 def write_report(run_dir: str | Path) -> Path:
     """Write ``figures/*.png`` and ``report.html`` into ``run_dir``; returns the latter's path.
 
@@ -103,13 +37,14 @@ def write_report(run_dir: str | Path) -> Path:
     """
     run_dir = Path(run_dir)
     results = load_results(run_dir)
-    of_kind = CLASSIFIER_FIGURES if _is_classifier(results["stages"][0]) else AGENT_FIGURES
+    of_kind = CLASSIFIER_FIGURES if is_classifier(results["stages"][0]) else AGENT_FIGURES
     figures = {name: (caption, _png(draw, results)) for name, (caption, draw) in {**of_kind, **FIGURES}.items()}
+    page = _html(results, figures)  # nothing is written before everything is drawn
     for name, (_, png) in figures.items():
         with atomic(run_dir / "figures" / f"{name}.png") as temporary:
             temporary.write_bytes(png)
     with atomic(run_dir / "report.html") as temporary:
-        temporary.write_text(_html(results, figures), encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8")
     return run_dir / "report.html"
 
 
@@ -126,6 +61,11 @@ def _spiking(results: Results) -> list[Stage]:
 
 def _colour(index: int) -> str:
     return COLOURS[index % len(COLOURS)]
+
+
+def _plain(name: str) -> str:
+    """What matplotlib shows as ``name``: a pair of dollar signs would begin a formula."""
+    return name.replace("$", r"\$")
 
 
 def reward_curves(axes: Axes, results: Results) -> None:
@@ -172,6 +112,7 @@ def accuracy_curves(axes: Axes, results: Results) -> None:
         curve, label = stage["curve"], stage["stage"]
         if curve["epochs"]:
             axes.plot(curve["epochs"], [100 * a for a in curve["accuracy"]], label=label, color=_colour(index))
+        if stage.get("validation"):
             epochs, accuracies = zip(*stage["validation"], strict=True)
             axes.plot(epochs, [100 * a for a in accuracies], "o:", color=_colour(index), markersize=3, linewidth=1)
     axes.set(xlabel="epochs of the stage", ylabel="accuracy, %: training (line), validation (points)")
@@ -202,7 +143,7 @@ def layer_spike_rates(axes: Axes, results: Results) -> None:
     for index, stage in enumerate(_spiking(results), start=1):
         layers = stage["spike_rate"]["layers"]
         axes.plot(range(1, len(layers) + 1), list(layers.values()), "o-", color=_colour(index), label=stage["stage"])
-        axes.set_xticks(range(1, len(layers) + 1), list(layers))
+        axes.set_xticks(range(1, len(layers) + 1), list(map(_plain, layers)))
     axes.set(xlabel="LIF layer", ylabel="spikes per neuron and frame")
     axes.set_ylim(bottom=0)
     axes.legend()
@@ -213,7 +154,7 @@ def _per_stage(key: str, label: str) -> Callable[[Axes, Results], None]:
         stages = _spiking(results)
         for index, layer in enumerate(stages[0][key] if stages else (), start=1):
             values = [stage[key].get(layer) for stage in stages]
-            axes.plot([stage["stage"] for stage in stages], values, "o-", color=_colour(index), label=layer)
+            axes.plot([stage["stage"] for stage in stages], values, "o-", color=_colour(index), label=_plain(layer))
         axes.set(xlabel="stage", ylabel=label)
         if axes.get_legend_handles_labels()[1]:
             axes.legend()
@@ -264,7 +205,7 @@ def _png(draw: Callable[[Axes, Results], None], results: Results) -> bytes:
 def _html(results: Results, figures: Mapping[str, tuple[str, bytes]]) -> str:
     title = html.escape(f"{results['recipe']}, seed {results['seed']}")
     stages = results["stages"]
-    if _is_classifier(stages[0]):
+    if is_classifier(stages[0]):
         columns, protocol, returns = CLASSIFIER_COLUMNS, "test images, unseen in training and selection", ""
     else:
         columns, protocol = AGENT_COLUMNS, html.escape(str(stages[-1]["eval"].get("protocol", "")))

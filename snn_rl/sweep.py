@@ -29,6 +29,7 @@ from snn_rl.files import atomic, read_json, write_json
 from snn_rl.memory import keep_freed_memory
 from snn_rl.pipeline import run
 from snn_rl.recipe import Recipe
+from snn_rl.results import check_results
 
 RETRIES = 10  # of one run whose worker or machine dies
 # A worker that is cut off from its cluster trains on until Ray gives it up: a minute by default. So long, and a little
@@ -240,11 +241,11 @@ def _train(recipe: Recipe, directory: Path, seed: int, device: str, cpus: int) -
     keep_freed_memory()
     _mark(directory)
     try:
-        return run(recipe, directory, seed, device=device, wait=GRACE_SECONDS)
+        results = run(recipe, directory, seed, device=device, wait=GRACE_SECONDS)
     finally:
-        mark = directory / MARK
-        if mark.is_file() and read_json(mark) == _whoami():  # not of the worker that has taken over
-            mark.unlink()
+        if _marked(directory) == _whoami():  # not of the worker that has taken over
+            (directory / MARK).unlink()
+    return check_results(results, directory / "results.json")  # of stages that stood finished
 
 
 def _mark(directory: Path) -> None:
@@ -253,10 +254,22 @@ def _mark(directory: Path) -> None:
     On one machine the folder's lock tells, for which `run` waits. Over machines it may not, where the file system
     keeps it to itself: a mark that was left behind is given the time in which Ray ends a worker that it has lost.
     """
-    mark = directory / MARK
-    if mark.is_file() and read_json(mark)["host"] != socket.gethostname():
+    before = _marked(directory)
+    if before is not None and before.get("host") != socket.gethostname():
         time.sleep(GRACE_SECONDS)
-    write_json(mark, _whoami())
+    write_json(directory / MARK, _whoami())
+
+
+def _marked(directory: Path) -> dict[str, Any] | None:
+    """The mark in a folder, empty where it cannot be read; None where there is none."""
+    mark = directory / MARK
+    if not mark.is_file():
+        return None
+    try:
+        before = read_json(mark)
+    except ValueError:
+        before = None
+    return before if isinstance(before, dict) else {}
 
 
 def _whoami() -> dict[str, Any]:

@@ -97,12 +97,38 @@ def test_every_page_is_in_the_index_and_links_lead_somewhere() -> None:
             assert ((ROOT / page).parent / link).exists(), f"{page} links to {link}"
 
 
+def test_figures_of_the_readme_are_those_of_the_results() -> None:
+    """Each of the README's table, under the agent, the stage and the kind of figure that it has there."""
+    results = (ROOT / "docs/results.md").read_text()
+    sections = {"pong-lite": "## Pong, `pong-lite`", "pong": "## Pong, `pong`:", "cartpole": "## CartPole-v1\n"}
+    figures = re.findall(
+        r"^\| (?:`([\w-]+)`)? ?\| (ANN|T\d) \| (.+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    assert len(figures) == 9
+    agent = ""
+    for name, stage, row in figures:
+        agent = name or agent
+        section = results.split(sections[agent])[1].split("\n## ")[0]
+        table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line[:1] == "|"]
+        measured = next(line for line in table if line[0] == stage)
+        header = next(line for line in table if line[:2] == ["stage", "return"])
+        sticky = [line for line in table if "ANN" in line and "T1" in line and "seed" not in line]
+        returned, theirs, robust, energy, their_energy = (cell.strip() for cell in row.split(" |"))
+        assert (returned, theirs) == (measured[1], measured[2]), (agent, stage)
+        assert energy == measured[header.index("energy")], (agent, stage)
+        if header.count("paper") == 2:
+            assert their_energy == measured[len(header) - header[::-1].index("paper") - 1], (agent, stage)
+        if robust:
+            here = table[table.index(sticky[0]) + 2]  # behind the line of dashes
+            assert robust == here[sticky[0].index(stage)], (agent, stage)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_what_a_page_says_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("agents", "benchmarks", "docs", "scripts"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
-    if page == "README.md":
+    if page == "docs/classifiers.md":
         a_classifier(tmp_path)
     if page == "docs/sweep.md":
         a_table(tmp_path)
@@ -184,7 +210,7 @@ def help_of(arguments: list[str]) -> tuple[int, str]:
 
 
 def a_classifier(folder: Path) -> None:
-    """What the README's snippet on images has: a run's classifier and two pictures."""
+    """What the snippet on images has: a run's classifier and two pictures."""
     from PIL import Image
 
     ann = build("vgg6", classes=3, image_size=8, width=0.0625, batch_norm=True, dropout=0.0).eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import json
 import re
@@ -13,10 +14,13 @@ import huggingface_hub
 import numpy as np
 import pytest
 from huggingface_hub import ModelCard
+from stable_baselines3.common.vec_env import VecEnv
 
 from envs.classic import make_cartpole
 from scripts.hub import main
 from snn_rl import SpikingDQN, load_policy, save_policy
+from snn_rl.hub import export
+from snn_rl.policy_file import LoadedPolicy
 from snn_rl.recipe import SEEDS_PER_RUN, TEST_SEEDS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -154,6 +158,34 @@ def assert_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFi
     assert error.startswith("error: ")
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("seed", [-1, 100_000, 10**30, "0", None, True, [0]])
+def test_a_seed_in_the_provenance_that_no_run_has_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], seed: Any
+) -> None:
+    kwargs = {"net_arch": [16], "timesteps": 1}
+    agent = SpikingDQN("MlpPolicy", make_cartpole(1, seed=0), policy_kwargs=kwargs, buffer_size=100, device="cpu")
+    save_policy(agent, tmp_path / "a.safetensors", {"recipe": "cartpole", "env_id": "CartPole-v1", "seed": seed})
+    arguments = [str(tmp_path / "a.safetensors"), str(tmp_path / "out"), "--video-steps", "0"]
+    assert_one_line(arguments, "the seed in the file's provenance must be an integer in [0, 100000), got", capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_in_the_provenance_is_a_string_in_the_snippet_and_no_code(tmp_path: Path) -> None:
+    recipe = 'x"]; print("run")\nprint("run") #'
+    kwargs = {"net_arch": [16], "timesteps": 1}
+    agent = SpikingDQN("MlpPolicy", make_cartpole(1, seed=0), policy_kwargs=kwargs, buffer_size=100, device="cpu")
+    save_policy(agent, tmp_path / "a.safetensors", {"recipe": recipe, "env_id": "CartPole-v1", "env_kwargs": {}})
+
+    def build(_: LoadedPolicy, num_envs: int, seed: int, **__: Any) -> VecEnv:
+        return make_cartpole(num_envs, seed=seed)
+
+    export(tmp_path / "a.safetensors", tmp_path / "out", build, episodes=1, video_steps=0)
+    (snippet,) = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)
+    nodes = list(ast.walk(ast.parse(snippet)))
+    assert recipe in [node.value for node in nodes if isinstance(node, ast.Constant)]
+    assert len([node for node in nodes if isinstance(node, ast.Name) and node.id == "print"]) == 1
 
 
 def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

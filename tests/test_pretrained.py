@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from agents import RECIPES
-from snn_rl.cli import environment_of
+from agents import environment_of
 from snn_rl.evaluation import evaluate
 from snn_rl.policy_file import load_policy
 from snn_rl.publish import MAX_BYTES, table_of_contents
@@ -34,7 +33,7 @@ def test_a_shipped_file_plays(recipe: str, stage: dict[str, Any]) -> None:
     assert policy.metadata["provenance"]["recipe"] == recipe
     frames, least = SHORT.get(recipe, (None, 0.9 * stage["eval"]["mean"]))
     short = {} if frames is None else {"max_episode_frames": frames}
-    played = evaluate(policy, environment_of(policy, RECIPES, 4, TEST_SEEDS, **short), 4)
+    played = evaluate(policy, environment_of(policy, 4, TEST_SEEDS, **short), 4)
     assert played.mean >= least
 
 
@@ -45,7 +44,7 @@ def test_pong_on_one_frame_is_lost_where_the_membranes_are_cleared(stage: str) -
     returns = []
     for persistent in (True, False):
         policy.policy.q_net.persistent = persistent  # type: ignore[assignment]
-        env = environment_of(policy, RECIPES, 2, TEST_SEEDS, max_episode_frames=frames)
+        env = environment_of(policy, 2, TEST_SEEDS, max_episode_frames=frames)
         returns.append(evaluate(policy, env, 2).mean)
     assert returns[0] > 0 > -10 > returns[1]
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import math
+import re
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,8 @@ import pytest
 
 import snn_rl.report as report
 from scripts.report import main
-from snn_rl.report import AGENT_FIGURES, CLASSIFIER_FIGURES, FIGURES, load_results, write_report
+from snn_rl.report import AGENT_FIGURES, CLASSIFIER_FIGURES, FIGURES, write_report
+from snn_rl.results import load_results
 
 
 def stage(timesteps: int | None, mean: float) -> dict[str, Any]:
@@ -121,49 +125,123 @@ def test_figures_show_what_they_should() -> None:
     assert [list(line.get_ydata()) for line in axes.lines] == [[0.1, 0.2]] * 2
 
 
-def broken(change: str) -> Any:
-    results = copy.deepcopy(RESULTS)
-    if change == "stage key":
-        del results["stages"][1]["energy"]
-    elif change == "key":
-        del results["hardware"]
-    elif change == "no stages":
-        results["stages"] = []
-    elif change == "list":
-        return [1, 2]
-    elif change == "mean":
-        results["stages"][1]["eval"]["mean"] = None
-    elif change == "returns":
-        del results["stages"][0]["eval"]["returns"]
-    elif change == "curve":
-        results["stages"][0]["curve"]["returns"].pop()
-    elif change == "steps":
-        results["stages"][2]["env_steps"] = None
-    elif change == "rate":
-        results["stages"][2]["spike_rate"] = None
-    elif change == "leak":
-        results["stages"][2]["leak"] = None
-    return results
+Place = tuple[str | int, ...]
+
+
+def places(value: Any, at: Place = ()) -> Iterator[Place]:
+    """Where something stands in a JSON value, outermost first."""
+    yield at
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from places(inner, (*at, key))
+
+
+DELETED = object()
+
+
+def damaged(results: Any, at: Place, value: Any) -> Any:
+    """A copy with ``value`` at ``at``."""
+    if not at:
+        return value
+    copied = copy.deepcopy(results)
+    inner = copied
+    for key in at[:-1]:
+        inner = inner[key]
+    if value is DELETED:
+        del inner[at[-1]]
+    else:
+        inner[at[-1]] = value
+    return copied
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("at", "value", "message"),
     [
-        ("stage key", r"stage 1 lacks \['energy'\]"),
-        ("key", r"lacks \['hardware'\]"),
-        ("no stages", "holds no finished stage"),
-        ("list", "no list of stages"),
-        ("mean", "stage 1: eval must hold the numbers mean, std and episodes"),
-        ("returns", "stage 0: eval.returns must be a list"),
-        ("curve", "stage 0: curve must hold the lists env_steps and returns, of one length"),
-        ("steps", "stage 2: env_steps must be a number, got None"),
-        ("rate", "stage 2: spike_rate must hold mean and layers"),
-        ("leak", "stage 2: leak must map layers to numbers, got None"),
+        (("stages", 1, "energy"), DELETED, "stages[1].energy is missing"),
+        (("hardware",), DELETED, "hardware is missing"),
+        (("versions", "torch"), 2, "versions['torch'] must be text of one line, got 2"),
+        (("env_id",), "a\nb", "env_id must be text of one line, got 'a\\nb'"),
+        (("stages",), [], "holds no finished stage yet"),
+        ((), [1, 2], "it has no list of stages"),
+        (("stages", 1), 7, "stages[1] must be an object, got 7"),
+        (("stages", 1, "eval", "mean"), None, "stages[1].eval.mean must be a finite number, got None"),
+        (("stages", 1, "eval", "mean"), math.nan, "stages[1].eval.mean must be a finite number, got nan"),
+        (("stages", 1, "eval", "mean"), True, "stages[1].eval.mean must be a finite number, got True"),
+        (("stages", 1, "eval", "std"), -1.0, "stages[1].eval.std must be a finite number >= 0, got -1.0"),
+        (("stages", 0, "eval", "returns"), DELETED, "stages[0].eval.returns is missing"),
+        (("stages", 0, "eval", "returns", 1), "x", "stages[0].eval.returns[1] must be a finite number, got 'x'"),
+        (("stages", 0, "curve", "returns", 1), DELETED, "stages[0].curve must hold as many env_steps as returns"),
+        (("stages", 0, "validation"), [[1]], "stages[0].validation[0] must be a pair of numbers, got [1]"),
+        (("stages", 2, "env_steps"), None, "stages[2].env_steps must be an integer >= 0, got None"),
+        (("stages", 2, "timesteps"), 0, "stages[2].timesteps must be an integer >= 1, got 0"),
+        (("stages", 2, "spike_rate"), None, "stages[2].spike_rate must be an object in a spiking stage, got None"),
+        (("stages", 2, "leak"), None, "stages[2].leak must be an object, got None"),
+        (("stages", 2, "leak", "b"), "x", "stages[2].leak['b'] must be a finite number, got 'x'"),
+        (("stages", 2, "stage"), "T5", "stages[2].stage must be another name than those before it, got 'T5'"),
+        (("stages", 2, "stage"), "../T1", "stages[2].stage must be a name of letters, digits, '.', '-', '_' and '+'"),
+        (("stages", 2, "accuracy"), {}, "stages[2] is of a classifier, and stages[0] of an agent"),
     ],
 )
-def test_broken_results_are_named(change: str, message: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=message):
-        load_results(write(tmp_path, broken(change)))
+def test_broken_results_are_named(at: Place, value: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as raised:
+        load_results(write(tmp_path, damaged(RESULTS, at, value)))
+    assert str(tmp_path / "results.json") in str(raised.value)
+
+
+def small(kind: Callable[[int | None, float], dict[str, Any]]) -> dict[str, Any]:
+    """Two stages of a run, without what no figure and no table shows."""
+    results = {**RESULTS, "stages": [kind(None, 0.5), kind(1, 0.25)]}
+    for made in results["stages"]:
+        del made["parent"]
+        if "accuracy" in made:
+            del made["env_steps"], made["curve"]["loss"]
+    return copy.deepcopy(results)
+
+
+VALUES = (DELETED, None, "x", "a\nb", "$\\foo$", "\ud800", True, -1.5, math.nan, 1e300, [], {}, [None], {"a": [1]})
+
+
+@pytest.mark.parametrize("kind", ["agent", "classifier"])
+def test_whatever_is_damaged_is_one_line_or_a_whole_report(kind: str, tmp_path: Path) -> None:
+    whole = small(stage if kind == "agent" else classified)
+    # of the ANN's stage the outermost alone: what is in it is in the other stage too
+    where = [at for at in places(whole) if at and (at[:2] != ("stages", 0) or len(at) < 4)]
+    damages = [(at, value) for at in where for value in VALUES]
+    refused: list[str] = []
+    for number, (at, value) in enumerate(damages):
+        run = write(tmp_path / str(number), damaged(whole, at, value))
+        try:
+            written = write_report(run)
+        except ValueError as error:
+            refused.append(str(error))
+            assert [path.name for path in run.iterdir()] == ["results.json"], (at, value)
+        else:
+            assert written.read_text().endswith("</html>\n")
+    assert len(refused) > 400
+    assert len(damages) > len(refused) + 30
+    assert all(str(tmp_path) in message and "results.json" in message for message in refused)
+    assert not [message for message in refused if "\n" in message]
+
+
+@pytest.mark.parametrize("number", [0, 1e29, 1e-29])
+def test_numbers_of_any_size_are_drawn(number: float, tmp_path: Path) -> None:
+    results = small(stage)
+    for at in list(places(results)):
+        inner = results
+        for key in at[:-1]:
+            inner = inner[key]
+        if at and isinstance(inner[at[-1]], float):
+            inner[at[-1]] = number
+    assert write_report(write(tmp_path, results)).is_file()
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"stages": ' + "9" * 5_000 + "}", "\ufeff{}", '{"a": 1} x', '"\\ud800"']
+)
+def test_text_that_is_no_json_is_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"^[^\n]*results\.json[^\n]*$"):
+        load_results(tmp_path)
 
 
 def test_the_script_says_what_is_wrong_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -213,11 +291,11 @@ def test_a_classifiers_report_shows_accuracies(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"accuracy": {"top1": "high", "top5": 1.0, "images": 3}}, "accuracy must hold the numbers"),
-        ({"curve": {"epochs": [1], "accuracy": []}}, "curve must hold the lists epochs and accuracy"),
-        ({"epochs": None}, "epochs must be a number, got None"),
+        ({"accuracy": {"top1": "high", "top5": 1.0, "images": 3}}, "accuracy.top1 must be a finite number, got 'high'"),
+        ({"curve": {"epochs": [1], "accuracy": []}}, "curve must hold as many epochs as accuracy"),
+        ({"epochs": None}, "epochs must be a finite number, got None"),
     ],
 )
 def test_a_classifiers_broken_results_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=re.escape(f"stages[0].{message}")):
         load_results(write(tmp_path, {**RESULTS, "stages": [{**classified(None, 0.9), **change}]}))

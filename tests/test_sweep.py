@@ -225,6 +225,31 @@ def test_another_machines_worker_is_given_time_to_end(tmp_path: Path, monkeypatc
     assert slept == [module.GRACE_SECONDS]
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"host": ["another"]}'])
+def test_a_damaged_mark_is_one_of_another_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(module.time, "sleep", slept.append)
+    (tmp_path / module.MARK).write_text(content)
+    module._mark(tmp_path)
+    assert slept == [module.GRACE_SECONDS]
+    assert json.loads((tmp_path / module.MARK).read_text())["pid"] == os.getpid()
+
+
+def test_a_finished_stage_that_is_damaged_fails_its_run_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = {"stage": "T1", "timesteps": 1, "eval": {"returns": [], "mean": None, "std": 0.0, "episodes": 1}}
+    rest = {"env_steps": 1, "curve": {"env_steps": [], "returns": []}, "threshold": {}, "leak": {}, "energy": None}
+    stage |= {**rest, "spike_rate": {"mean": 0.1, "layers": {}}}
+    head = {"recipe": "cartpole", "env_id": "CartPole-v1", "seed": 0, "versions": {}, "hardware": "-"}
+    monkeypatch.setattr(module, "run", lambda *_, **__: {**head, "stages": [stage]})
+    with pytest.raises(ValueError, match=r"results\.json: stages\[0\]\.eval\.mean must be a finite number, got None"):
+        module._train(tiny(), tmp_path, 0, "cpu", 1)
+    assert not (tmp_path / module.MARK).exists()
+    stage["eval"]["mean"] = 1.0  # type: ignore[index]
+    assert module._train(tiny(), tmp_path, 0, "cpu", 1)["stages"] == [stage]
+
+
 # --- the table
 
 

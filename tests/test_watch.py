@@ -16,8 +16,9 @@ from envs.classic import make_cartpole
 from scripts import watch as script
 from scripts.watch import main
 from snn_rl import SpikingDQN, save_policy
-from snn_rl.policy_file import load_policy
+from snn_rl.policy_file import FORMAT, load_policy
 from snn_rl.watch import GAME_HEIGHT, draw, record, show, tile
+from snn_rl.weights_file import write_weights
 
 
 @pytest.fixture(scope="module")
@@ -197,3 +198,17 @@ def test_bad_input_is_named(policy_file: Path, tmp_path: Path, capsys: pytest.Ca
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="render_mode is None; build it with 'rgb_array'"):
         record(load_policy(policy_file), make_cartpole(1, seed=0), video)
+
+
+def test_an_agent_of_ones_own_is_watched_in_the_environment_that_is_named(
+    policy_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, video = tmp_path / "own.safetensors", tmp_path / "play.gif"
+    policy = load_policy(policy_file)
+    write_weights(file, policy.policy.q_net, FORMAT, {**policy.metadata, "provenance": {"recipe": "mine"}})
+    assert main([str(file), "--video", str(video)]) == 2
+    assert "made by the recipe 'mine'" in capsys.readouterr().err
+    assert main([str(file), "--video", str(video), "--env", "CartPole-v1", "--steps", "4"]) == 0
+    assert f"{video}: 4 steps, score 4" in capsys.readouterr().out
+    assert main([str(file), "--video", str(video), "--env", "Acrobot-v1"]) == 2
+    assert "that of Acrobot-v1 is Box" in capsys.readouterr().err

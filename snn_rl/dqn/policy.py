@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,10 +19,8 @@ from snn_rl.convert import DEFAULT_LEAK, spiking_architecture
 from snn_rl.network import SpikingNetwork, State
 from snn_rl.prune import prune_timesteps
 
-try:
+if TYPE_CHECKING:
     from snn_rl.events import EventDriven
-except ImportError:  # no numba, of which `snn_rl.scan` warns
-    EventDriven = None  # type: ignore[assignment, misc]
 
 NumpyState = tuple[np.ndarray, ...]  # what `predict` hands out and takes back: one (n_envs, ...) per LIF layer
 
@@ -62,10 +60,12 @@ def check_forwards(policy: DQNPolicy) -> None:
 
 
 def _event_driven(network: SpikingNetwork) -> EventDriven | None:
-    if EventDriven is None:
-        return None
     try:
+        from snn_rl.events import EventDriven  # here, where it is needed: numba takes long to import
+
         return EventDriven(network)
+    except ImportError:  # no numba, of which `snn_rl.scan` warns
+        return None
     except ValueError:  # not a chain: it runs layer by layer
         return None
 

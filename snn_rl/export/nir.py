@@ -9,6 +9,7 @@ simulator has to be told. What holds for which one: docs/export.md.
 
 from __future__ import annotations
 
+import copy
 import operator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +20,14 @@ from torch import Tensor, fx, nn
 
 from snn_rl.files import atomic
 from snn_rl.network import FrameDropout, Gain, NetworkGraph, SpikingNetwork
-from snn_rl.neuron import LIF
+from snn_rl.neuron import LIF, MIN_THRESHOLD
 
 if TYPE_CHECKING:
     import nir
 
 DT = 1e-4  # seconds; snnTorch's importer knows no other
+MAX_THRESHOLD = float(np.finfo(np.float32).max)
+ROUNDING = float(np.finfo(np.float32).eps)  # relative, of a tau or dt that someone kept in single precision
 
 
 def write_nir(network: SpikingNetwork, observation_shape: tuple[int, ...], path: str | Path) -> None:
@@ -60,22 +63,19 @@ def to_nir(network: SpikingNetwork, observation_shape: tuple[int, ...]) -> nir.N
     """The NIR graph of one micro-step, from an observation (without batch) to what is averaged over the T micro-steps.
 
     Average pooling becomes sum pooling, which more simulators know, its factor folded into the next weights. Scalars of
-    a layer are repeated for each of its neurons, and a missing bias is one of zeros.
+    a layer are repeated for each of its neurons, and a missing bias is one of zeros. Weights of any precision are
+    written in single precision, in which simulators compute.
 
     Raises:
         ValueError: a layer that NIR cannot express, by name; a shape the network cannot take; nir is not installed.
     """
-    walk = _Export(network, _nir())
-    parameter = next(network.parameters())
-    training = network.training
-    network.eval()  # dropout is the identity
-    try:
-        empty = torch.zeros(1, *observation_shape, device=parameter.device, dtype=parameter.dtype)
-        network.check_observation(empty[0])
-        with torch.no_grad():
-            walk.run(empty)
-    finally:
-        network.train(training)
+    nir = _nir()
+    network = copy.deepcopy(network).cpu().float().eval()  # in which dropout is the identity
+    walk = _Export(network, nir)
+    empty = torch.zeros(1, *observation_shape)
+    network.check_observation(empty[0])
+    with torch.no_grad():
+        walk.run(empty)
     resets = {lif.leak_reset for lif in network.lif_layers.values()}
     if len(resets) > 1:
         raise ValueError("layers with and without leak_reset in one network cannot be expressed in NIR")
@@ -123,7 +123,7 @@ class _Export(fx.Interpreter):
         elif isinstance(module, LIF):
             if factor != 1.0:
                 raise _refusal(n, "average pooling right before it: put a convolution or linear layer between them")
-            node = self._neurons(n, module, tuple(out.shape[1:]))
+            node = self._neurons(module, tuple(out.shape[1:]))
         elif type(module) is nn.Linear:
             node = self.nir.Affine(_array(module.weight) * factor, _bias(module))
         elif isinstance(module, nn.Conv2d):
@@ -161,13 +161,11 @@ class _Export(fx.Interpreter):
         self.names[n] = [name]
         return out
 
-    def _neurons(self, n: fx.Node, lif: LIF, shape: tuple[int, ...]) -> Any:
+    def _neurons(self, lif: LIF, shape: tuple[int, ...]) -> Any:
         def of_all(value: float) -> np.ndarray:
             return np.full(shape, value, dtype=np.float64)
 
         leak, threshold = lif.leak.item(), lif.threshold.item()
-        if leak == 0:
-            raise _refusal(n, "a leak of 0, for which tau would have to be 0: train with a larger one")
         if leak == 1:
             return self.nir.IF(r=of_all(1.0), v_threshold=of_all(threshold))
         return self.nir.LIF(
@@ -179,7 +177,7 @@ class _Export(fx.Interpreter):
 
 
 def _array(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().cpu().contiguous().numpy()
+    return tensor.detach().contiguous().numpy()
 
 
 def _bias(module: nn.Linear | nn.Conv2d) -> np.ndarray:
@@ -200,15 +198,25 @@ def from_nir(graph: nir.NIRGraph, timesteps: int | None = None) -> SpikingNetwor
     Its neurons are reset by subtraction, whatever wrote the graph. ``timesteps`` default to the graph's own metadata,
     and to 1 where there are none; so do the time step and ``leak_reset``.
 
+    A ``tau`` of the time step is a leak of 0, also where either was rounded to single precision. Where ``tau`` and
+    ``r`` are both infinite, as snnTorch writes a ``beta`` of 1, the leak is 1 and the input is added up as it is.
+
     Raises:
-        ValueError: a node that has no counterpart, by name; a loop; neurons of one layer that differ.
+        ValueError: a node that has no counterpart or whose numbers make no neuron or synapse, by name; a loop; neurons
+            of one layer that differ.
     """
     nir = _nir()
     meta = graph.metadata if isinstance(graph.metadata, dict) else {}
-    timesteps = int(meta.get("timesteps", 1)) if timesteps is None else timesteps
-    dt, leak_reset = float(meta.get("dt", DT)), bool(meta.get("leak_reset", 0))
+    if timesteps is None:
+        number = _number(meta, "timesteps", 1)
+        if not number.is_integer():
+            raise ValueError(f"timesteps in the graph's metadata must be an integer, got {number:g}")
+        timesteps = int(number)
+    dt, leak_reset = _number(meta, "dt", DT), bool(_number(meta, "leak_reset", 0))
     sources: dict[str, list[str]] = {name: [] for name in graph.nodes}
     for source, target in graph.edges:
+        if missing := {source, target} - sources.keys():
+            raise ValueError(f"the graph has an edge {source!r} -> {target!r}, but no node {missing.pop()!r}")
         sources[target].append(source)
     if not dt > 0:
         raise ValueError(f"the graph's time step dt must be > 0, got {dt}")
@@ -243,60 +251,110 @@ def from_nir(graph: nir.NIRGraph, timesteps: int | None = None) -> SpikingNetwor
                 made[name] = built.call_function(torch.flatten, (x, 1))
             else:
                 legal = f"node{len(made)}_" + "".join(c if c.isalnum() else "_" for c in name)
-                root.add_module(legal, _module(name, node, nir, dt, leak_reset=leak_reset))
+                module = _module(name, node, nir, dt, leak_reset=leak_reset)
+                if not all(bool(value.isfinite().all()) for value in module.state_dict().values()):
+                    raise ValueError(f"NIR node {name!r} holds numbers that are not finite in single precision")
+                root.add_module(legal, module)
                 made[name] = built.call_module(legal, (x,))
     return SpikingNetwork(NetworkGraph(root, built), timesteps)
 
 
 def _module(name: str, node: Any, nir: Any, dt: float, *, leak_reset: bool) -> nn.Module:
     if isinstance(node, nir.Affine | nir.Linear):
-        weight = torch.as_tensor(np.asarray(node.weight), dtype=torch.float32)
+        weight = _floats(name, "weight", node.weight, dims=2)
         bias = getattr(node, "bias", None)
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-        return _filled(linear, weight, bias)
+        return _filled(name, nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None), weight, bias)
     if isinstance(node, nir.Conv2d):
-        weight = torch.as_tensor(np.asarray(node.weight), dtype=torch.float32)
-        sizes = {key: _pair(getattr(node, key)) for key in ("stride", "padding", "dilation")}
-        groups = int(node.groups)
-        kernel = (weight.shape[2], weight.shape[3])
-        conv = nn.Conv2d(weight.shape[1] * groups, weight.shape[0], kernel, groups=groups, **sizes)
-        return _filled(conv, weight, node.bias)
+        weight = _floats(name, "weight", node.weight, dims=4)
+        padding = node.padding if isinstance(node.padding, str) else _pair(name, "padding", node.padding, least=0)
+        if padding not in ("same", "valid") and isinstance(padding, str):
+            raise ValueError(f"NIR node {name!r} must have padding of same, valid or numbers, got {padding!r}")
+        stride, dilation = (_pair(name, key, getattr(node, key), least=1) for key in ("stride", "dilation"))
+        groups = _pair(name, "groups", node.groups, least=1)[0]
+        if weight.shape[0] % groups:
+            raise ValueError(f"NIR node {name!r} must have groups that divide {weight.shape[0]} channels, got {groups}")
+        channels, kernel = (weight.shape[1] * groups, weight.shape[0]), (weight.shape[2], weight.shape[3])
+        conv = nn.Conv2d(*channels, kernel, stride, padding, dilation, groups, bias=node.bias is not None)
+        return _filled(name, conv, weight, node.bias)
     if isinstance(node, nir.SumPool2d | nir.AvgPool2d):
-        sizes = {key: _pair(getattr(node, key)) for key in ("kernel_size", "stride", "padding")}
-        return nn.AvgPool2d(**sizes, divisor_override=1 if isinstance(node, nir.SumPool2d) else None)
+        kernel, stride = (_pair(name, key, getattr(node, key), least=1) for key in ("kernel_size", "stride"))
+        divisor = 1 if isinstance(node, nir.SumPool2d) else None
+        padding = _pair(name, "padding", node.padding, least=0)
+        return nn.AvgPool2d(kernel, stride, padding, divisor_override=divisor)
     if isinstance(node, nir.Scale):
         return Gain(_one(name, "scale", node.scale))
     if isinstance(node, nir.LIF | nir.IF):
-        threshold, r = (_one(name, key, getattr(node, key)) for key in ("v_threshold", "r"))
         for key in ("v_leak", "v_reset"):
             if np.any(np.asarray(getattr(node, key, 0.0))):
                 raise ValueError(f"NIR node {name!r} has {key} other than 0, which a LIF layer here does not")
-        tau = np.inf if isinstance(node, nir.IF) else _one(name, "tau", node.tau)
-        share = 1.0 if isinstance(node, nir.IF) else dt / tau if tau > 0 else np.inf  # 1 - leak
-        leak = 1.0 if isinstance(node, nir.IF) else 1 - share
-        if not 0 <= leak <= 1 or r <= 0:
-            raise ValueError(f"NIR node {name!r} must have tau >= {dt} (the time step) and r > 0, got {node}")
-        return LIF(threshold / (share * r), leak, leak_reset=leak_reset)
+        threshold, r = (_one(name, key, getattr(node, key)) for key in ("v_threshold", "r"))
+        leak, gain = 1.0, r
+        if isinstance(node, nir.LIF):
+            leak, gain = _leak_and_gain(name, _one(name, "tau", node.tau), r, dt)
+        if not 0 < gain < np.inf:
+            raise ValueError(f"NIR node {name!r} must have r > 0 and finite, got {r:g}")
+        if not MIN_THRESHOLD * (1 - 2 * ROUNDING) <= threshold / gain <= MAX_THRESHOLD:
+            raise ValueError(
+                f"NIR node {name!r} must have a v_threshold of {MIN_THRESHOLD * gain:g} to {MAX_THRESHOLD * gain:g}, "
+                f"got {threshold:g}"
+            )
+        return LIF(max(threshold / gain, MIN_THRESHOLD), leak, leak_reset=leak_reset)
     raise ValueError(
         f"NIR node {name!r} ({type(node).__name__}) has no counterpart here; there are Affine, Linear, Conv2d, "
         "SumPool2d, AvgPool2d, Flatten, Scale, LIF and IF"
     )
 
 
-def _filled(module: Any, weight: Tensor, bias: Any) -> nn.Module:
+def _leak_and_gain(name: str, tau: float, r: float, dt: float) -> tuple[float, float]:
+    """What a time step leaves of the membrane potential, and by what it multiplies the current."""
+    if tau == np.inf:
+        if r != np.inf:
+            raise ValueError(f"NIR node {name!r} has tau = inf and r = {r:g}, so that no input reaches it; use an IF")
+        return 1.0, 1.0
+    share = dt / tau if tau > 0 else np.inf
+    if abs(share - 1) <= ROUNDING:
+        return 0.0, r
+    if not share < 1:
+        raise ValueError(f"NIR node {name!r} must have tau >= {dt:g}, the time step, got {tau:g}")
+    return 1 - share, share * r
+
+
+def _number(metadata: dict[str, Any], key: str, default: float) -> float:
+    value = np.asarray(metadata.get(key, default))
+    if value.shape or value.dtype.kind not in "fiub" or not np.isfinite(value):
+        raise ValueError(f"{key} in the graph's metadata must be a finite number, got {metadata[key]!r}")
+    return float(value)
+
+
+def _filled(name: str, module: Any, weight: np.ndarray, bias: Any) -> nn.Module:
     with torch.no_grad():
-        module.weight.copy_(weight)
+        module.weight.copy_(torch.as_tensor(weight))
         if bias is not None:
-            module.bias.copy_(torch.as_tensor(np.asarray(bias)))
+            bias = _floats(name, "bias", bias, dims=1)
+            if bias.shape != weight.shape[:1]:
+                raise ValueError(f"NIR node {name!r} must have a bias for each of {len(weight)}, got {len(bias)}")
+            module.bias.copy_(torch.as_tensor(bias))
     return module
 
 
-def _pair(value: Any) -> Any:
-    return value if isinstance(value, str) else tuple(int(v) for v in np.broadcast_to(value, 2))
+def _floats(name: str, key: str, value: Any, dims: int | None = None) -> np.ndarray:
+    """``value`` as an array of ``dims`` dimensions, none of them empty."""
+    array = np.asarray(value)
+    if array.dtype.kind not in "fiub" or not array.size or dims not in (None, array.ndim):
+        what = f"of {dims} dimensions" if dims else "of numbers"
+        raise ValueError(f"NIR node {name!r} must have an array {what} as {key}, got {array.dtype} {array.shape}")
+    return array.astype(np.float64)
+
+
+def _pair(name: str, key: str, value: Any, least: int) -> tuple[int, int]:
+    numbers = _floats(name, key, value).flatten()
+    if numbers.size > 2 or np.any(numbers != np.floor(numbers)) or not np.all((least <= numbers) & (numbers < 2**31)):
+        raise ValueError(f"NIR node {name!r} must have one or two integers >= {least} as {key}, got {value!r}")
+    return int(numbers[0]), int(numbers[-1])
 
 
 def _one(name: str, key: str, values: Any) -> float:
-    unique = np.unique(np.asarray(values))
+    unique = np.unique(_floats(name, key, values))
     if unique.size != 1:
         raise ValueError(f"the neurons of NIR node {name!r} differ in {key}; a layer here has one for all of them")
     return float(unique[0])

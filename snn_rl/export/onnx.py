@@ -33,7 +33,8 @@ def write_onnx(network: SpikingNetwork, observation: Tensor, path: str | Path, *
 
     ``observation`` (batch, ...) is an example, whose type the model takes; ``images`` are divided by 255 first.
     The model's inputs are ``observation`` and ``carry_LAYER`` of each LIF layer, its outputs ``output`` (Q-values or
-    logits) and ``new_carry_LAYER``. Carries of zeros are silence, where an episode starts. The batch is free.
+    logits) and ``new_carry_LAYER``. Carries of zeros are silence, where an episode starts. The batch is free. Weights
+    of any precision are written in single precision, in which the model computes.
 
     Raises:
         ValueError: the package onnx is not installed, an observation the network cannot take, or a network that cannot
@@ -44,8 +45,12 @@ def write_onnx(network: SpikingNetwork, observation: Tensor, path: str | Path, *
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ValueError("ONNX needs the packages onnx and onnxscript: pip install 'snn_rl[onnx]'") from error
-    frame = _Frame(copy.deepcopy(network), images=images).cpu().eval()
+    frame = _Frame(copy.deepcopy(network).float(), images=images).cpu().eval()
     observation = observation.cpu()
+    if observation.dim() < 2 or not len(observation):
+        raise ValueError(
+            f"the example must be a batch of observations, (batch >= 1, ...), got {tuple(observation.shape)}"
+        )
     frame.network.check_observation(observation[0])
     batch = observation.repeat(2, *[1] * (observation.dim() - 1))[:2]  # of 1, the exporter would take it as fixed
     with torch.no_grad():

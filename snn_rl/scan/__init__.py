@@ -21,11 +21,15 @@ from snn_rl.scan._reference import bounded_leak as bounded_leak
 from snn_rl.scan._reference import bounded_threshold as bounded_threshold
 from snn_rl.scan._reference import reference_scan as reference_scan
 
-try:
-    from snn_rl.scan import _cpu
-except ImportError as error:  # numba has no build for this Python, or not for this numpy
-    _cpu = None  # type: ignore[assignment]
-    warnings.warn(f"no compiled LIF layers, several times slower on the CPU: {error}", stacklevel=2)
+
+@functools.cache
+def _cpu_kernels() -> ModuleType | None:
+    """The CPU's kernels, imported where they are first needed, since numba takes long; None where they cannot run."""
+    try:
+        return importlib.import_module("snn_rl.scan._cpu")
+    except ImportError as error:  # numba has no build for this Python, or not for this numpy, or is told not to compile
+        warnings.warn(f"no compiled LIF layers, several times slower on the CPU: {error}", stacklevel=3)
+        return None
 
 
 @functools.cache
@@ -55,8 +59,8 @@ def lif_scan(
     scan = reference_scan
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(current) not in (Tensor, nn.Parameter):
         pass  # what follows the tensors' operations must see them; a subclass of Tensor need not have memory
-    elif _cpu is not None and current.device.type == "cpu" and current.dtype in _cpu.NUMPY_TYPE:
-        scan = _cpu.cpu_scan
+    elif current.device.type == "cpu" and (kernels := _cpu_kernels()) is not None and current.dtype in kernels.TYPES:
+        scan = kernels.cpu_scan
     elif current.device.type == "cuda" and (kernels := _cuda_kernels()) is not None and current.dtype in kernels.TYPES:
         scan = kernels.cuda_scan
     return scan(current, carry, raw_threshold, raw_leak, keep, hold, leak_reset, with_carry)

@@ -22,22 +22,33 @@ from numba.extending import intrinsic
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from snn_rl.scan._kernel_cache import KernelCache, warn_once
 from snn_rl.scan._layout import Layout
 from snn_rl.scan._reference import MIN_THRESHOLD
 from snn_rl.surrogate import GAMMA
 
-NUMPY_TYPE = {torch.float32: np.float32, torch.float64: np.float64}
+if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]  # kernels take addresses, which Python itself cannot follow
+    raise ImportError("NUMBA_DISABLE_JIT is set")
+
+TYPES = {torch.float32: np.float32, torch.float64: np.float64}
 MOST, LEAST = 1024, 64  # neurons of a block
 POTENTIALS = 32_768  # of a block, all its micro-steps together: 128 KiB in single precision
 PER_THREAD = 32_768  # neuron-steps below which one more thread costs more than it saves
 
 
 def compiled(**options: Any) -> Callable[[Any], Any]:
+    """``numba.njit``, kept from one process to the next where there is a folder for it."""
+
     def compile_(function: Any) -> Any:
+        kernel = numba.njit(nogil=True, error_model="numpy", **options)(function)
         try:
-            return numba.njit(nogil=True, error_model="numpy", cache=True, **options)(function)
-        except RuntimeError:  # nowhere to keep the compiled code: neither beside this file nor in the user's cache
-            return numba.njit(nogil=True, error_model="numpy", **options)(function)
+            kernel._cache = KernelCache(function)  # as `cache=True` sets numba's own
+        except RuntimeError:
+            warn_once(
+                "cannot be kept, and each start compiles anew",
+                "neither the folder of snn_rl nor the user's cache can be written; set NUMBA_CACHE_DIR",
+            )
+        return kernel
 
     return compile_
 
@@ -312,7 +323,7 @@ def _scan(
     leak_reset: bool, with_carry: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Spikes and last carry, of arguments that are `_Layout.dense`."""
-    number: Any = NUMPY_TYPE[current.dtype]
+    number: Any = TYPES[current.dtype]
     spikes = layout.empty(current.dtype, layout.steps)
     carry = layout.empty(current.dtype) if with_carry else current.new_empty(0)
     addresses = (_at(current), _at(carry_0), _at(keep), _at(spikes), _at(carry) if with_carry else 0)
@@ -343,7 +354,7 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, grad_spikes: Tensor | None, grad_carry: Tensor | None) -> tuple[Tensor | None, ...]:
         current, carry_0, keep = ctx.saved_tensors
         v, leak, layout, leak_reset = ctx.constants
-        number: Any = NUMPY_TYPE[current.dtype]
+        number: Any = TYPES[current.dtype]
         if grad_spikes is None:
             grad_spikes = layout.empty(current.dtype, layout.steps).zero_()
         grad_spikes = layout.dense(grad_spikes)

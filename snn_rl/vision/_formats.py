@@ -20,7 +20,8 @@ from PIL import Image
 
 WORKERS = min(32, os.cpu_count() or 1)
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff"}
-CONVERTIBLE = {"L", "LA", "P", "PA", "1", "RGBA", "CMYK", "YCbCr"}  # to RGB without a choice of scale
+TIFF_TAGS = {"BitsPerSample": 258, "PhotometricInterpretation": 262}
+CONVERTIBLE = {"L", "LA", "P", "PA", "1", "RGBA", "CMYK", "YCbCr"}  # of 8 bits, and to RGB by Pillow
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,15 @@ class Listing:
         return str(entry.relative_to(self.root) if self.root and isinstance(entry, Path) else entry)
 
 
+NOT_RGB, INCONVERTIBLE = "not RGB", "not convertible to RGB"  # the former `to_rgb` can change
+WAYS_OUT = {
+    NOT_RGB: "convert them while loading (convert=True, --convert)",
+    INCONVERTIBLE: "save those that are not convertible as 8-bit RGB",
+}
+
+
 class Unusable(Exception):
-    """An image that cannot be used: ``kind`` is missing, unreadable, corrupt or not RGB, ``detail`` says more."""
+    """An image that cannot be used: ``kind`` is missing, unreadable, corrupt or of `WAYS_OUT`, ``detail`` says more."""
 
     def __init__(self, kind: str, detail: str) -> None:
         super().__init__(f"{kind}: {detail}")
@@ -72,17 +80,18 @@ class Unusable(Exception):
 def with_image(entry: Entry, use: Callable[[Image.Image], Any], convert: bool) -> Any:
     """``use(image)`` of the opened image, whose pixels PIL reads when they are first needed.
 
+    The image is RGB, or where ``convert`` is true of any mode that `to_rgb` takes.
+
     Raises:
-        Unusable: a missing or corrupt file, or one that is not RGB and ``convert`` is false.
+        Unusable: a missing or corrupt file, or an image of another mode.
     """
     try:
         opened = Image.open(entry) if isinstance(entry, Path) else entry.table.open(entry.index)
         with opened as image:
-            if image.mode == "RGB":
-                return use(image)
-            if convert and image.mode in CONVERTIBLE:
-                return use(image.convert("RGB"))
             mode = image.mode
+            convertible = mode in CONVERTIBLE or _white(image) is not None
+            if mode == "RGB" or (convert and convertible):
+                return use(image)
     except FileNotFoundError as error:
         raise Unusable("missing", "no such file") from error
     except MemoryError:
@@ -90,7 +99,43 @@ def with_image(entry: Entry, use: Callable[[Image.Image], Any], convert: bool) -
     except Exception as error:  # decoders raise whatever their damaged input leads them to
         system = isinstance(error, OSError) and error.errno is not None  # no permission, too many open files
         raise Unusable("unreadable" if system else "corrupt", str(error) or type(error).__name__) from error
-    raise Unusable("not RGB", mode)
+    raise Unusable(NOT_RGB if convertible else INCONVERTIBLE, mode)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image that `with_image` lets through, in RGB.
+
+    Transparency is dropped. Greyscale of more than 8 bits is scaled, black to 0 and white to 255: Pillow's own
+    conversion would cut all of it off at 255.
+    """
+    if (white := _white(image)) is None:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    grey = (np.asarray(image).astype(np.int64) * 510 + white) // (2 * white)  # to the nearest
+    if _white_is_zero(image):
+        grey = 255 - grey
+    return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+
+
+def _white(image: Image.Image) -> int | None:
+    """The largest value of a greyscale image of more than 8 bits; None for other images, and where it is unknown."""
+    if image.mode.startswith("I") and image.format in (
+        "PNG",
+        "PPM",
+    ):  # Pillow scales a PGM file of any range to 16 bits
+        return 2**16 - 1
+    if image.mode.startswith("I;16") and image.format == "TIFF":
+        return 2 ** _tag(image, "BitsPerSample") - 1  # 12 bits stay as they are
+    return None
+
+
+def _white_is_zero(image: Image.Image) -> bool:
+    """Whether a TIFF file of 16 bits counts from white to black, which Pillow inverts for 8 bits alone."""
+    return image.format == "TIFF" and _tag(image, "PhotometricInterpretation") == 0
+
+
+def _tag(image: Any, name: str) -> int:
+    value = image.tag_v2.get(TIFF_TAGS[name], 0)
+    return int(value[0] if isinstance(value, tuple) else value)
 
 
 def fit(image: Image.Image, size: int) -> Image.Image:
@@ -144,8 +189,15 @@ def _class_folders(folder: Path) -> tuple[str, ...]:
 def _split_folder(folder: Path, split: str) -> Path | None:
     names = ("test", "val") if split == "test" else (split,)
     there = [folder / name for name in names if (folder / name).is_dir()]
-    # ImageNet's own `test` is without labels, a flat folder: its `val` is what one reports.
-    return next((path for path in there if _class_folders(path)), there[0] if there else None)
+    if split != "test":
+        return there[0] if there else None
+    # Some `test` folders hold images without labels, and `val` is what one reports: ImageNet's is flat, that of
+    # tiny-imagenet-200 has one folder, of no class.
+    trained = folder / "train"
+    known = set(_class_folders(trained)) if trained.is_dir() else set()
+    classes = {path: set(_class_folders(path)) for path in there}
+    labelled = [path for path in there if classes[path] & known] or [path for path in there if classes[path]]
+    return next(iter(labelled or there), None)
 
 
 def _image_folder(folder: Path, root: Path) -> Listing:
@@ -156,16 +208,20 @@ def _image_folder(folder: Path, root: Path) -> Listing:
     if other and root.name in ("train", "test", "val") and (names := _class_folders(other)) not in ((), classes):
         only = [(set(classes) - set(names), root), (set(names) - set(classes), other)]
         said = "; ".join(f"{some(sorted(extra))} only in {path}" for extra, path in only if extra)
+        if not set(classes) & set(names):
+            said += (
+                f"; put the images to report on into {folder}/val/CLASS (of tiny-imagenet-200, val/val_annotations.txt "
+                "names the classes)"
+            )
         raise ValueError(f"{root} and {other} must have the same class folders: {said}")
     entries: list[Entry] = []
     labels: list[int] = []
     empty = []
     for label, name in enumerate(classes):
-        with os.scandir(root / name) as files:
-            found = sorted(e.name for e in files if _is_image(e.name))
+        found = _images_below(root / name)
         if not found:
             empty.append(name)
-        entries += [root / name / file for file in found]
+        entries += found
         labels += [label] * len(found)
     if empty:
         raise ValueError(
@@ -175,8 +231,27 @@ def _image_folder(folder: Path, root: Path) -> Listing:
     return Listing(str(root), root, tuple(entries), np.asarray(labels, np.int64), classes)
 
 
+def _images_below(folder: Path) -> list[Path]:
+    """The images in a folder and the folders below it, as ImageFolder orders them; hidden ones are left out."""
+    found: dict[str, list[str]] = {}
+
+    def walk(place: str, above: frozenset[str]) -> None:
+        real = os.path.realpath(place)
+        if real in above:
+            raise ValueError(f"{place} links to a folder that it is in; remove the link")
+        with os.scandir(place) as scanned:
+            entries = [entry for entry in scanned if not entry.name.startswith(".")]
+        found[place] = sorted(e.name for e in entries if not e.is_dir() and _is_image(e.name))
+        for entry in entries:
+            if entry.is_dir():
+                walk(entry.path, above | {real})
+
+    walk(str(folder), frozenset())
+    return [Path(place, name) for place in sorted(found) for name in found[place]]
+
+
 def _is_image(name: str) -> bool:
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
+    return os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
 class _Dtype:
@@ -407,7 +482,7 @@ def check(listing: Listing, use: Callable[[int], None]) -> None:
     kinds: dict[str, list[str]] = {}
     for i, error in sorted(bad, key=lambda item: item[0]):
         name = listing.name(listing.entries[i])
-        kinds.setdefault(error.kind, []).append(f"{name} is {error.detail}" if error.kind == "not RGB" else name)
+        kinds.setdefault(error.kind, []).append(f"{name} is {error.detail}" if error.kind in WAYS_OUT else name)
     said = ", ".join(f"{len(kinds[kind])} {kind} ({some(kinds[kind])})" for kind in sorted(kinds))
-    way = "remove or convert them" + ", or convert them while loading (convert=True, --convert)" * ("not RGB" in kinds)
-    raise ValueError(f"{len(bad)} of {number} images in {listing.where} cannot be used: {said}; {way}")
+    ways = ["remove or convert them", *(out for kind, out in WAYS_OUT.items() if kind in kinds)]
+    raise ValueError(f"{len(bad)} of {number} images in {listing.where} cannot be used: {said}; {', or '.join(ways)}")

@@ -43,8 +43,10 @@ class Classifier:
     def read(self, *paths: str | Path) -> Tensor:
         """Image files -> (batch, 3, image_size, image_size) uint8, resized and cut at the centre as in evaluation.
 
+        They are turned into RGB as by ``load_images(convert=True)``.
+
         Raises:
-            ValueError: a file that is missing or corrupt, by name.
+            ValueError: a file that is missing, corrupt or not convertible, by name.
         """
         size = int(self.architecture["image_size"])
         return torch.from_numpy(np.stack([read_image(Path(path), size, convert=True) for path in paths]))

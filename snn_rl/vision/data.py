@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from snn_rl.vision._formats import WORKERS, Entry, Unusable, check, fit, list_images, with_image
+from snn_rl.vision._formats import INCONVERTIBLE, WORKERS, Entry, Unusable, check, fit, list_images, to_rgb, with_image
 from snn_rl.vision.recipe import AUGMENTATIONS
 
 TRIES = 10  # of a resized crop, until one lies within the image
@@ -239,6 +239,7 @@ Data = TypeVar("Data", bound=Images | ImageFiles)
 def _decode(entry: Entry, size: int, convert: bool, crops: Crops | None = None, which: int = 0) -> NDArray[np.uint8]:
     def pixels(image: Image.Image) -> NDArray[np.uint8]:
         image.load()  # the whole file, also where the crop would need a part alone
+        image = to_rgb(image)
         image = fit(image, size) if crops is None else crops.cut(image, size, which)
         return np.asarray(image).transpose(2, 0, 1)
 
@@ -250,7 +251,8 @@ def read_image(path: Path, size: int, *, convert: bool) -> NDArray[np.uint8]:
     try:
         return _decode(path, size, convert)
     except Unusable as error:
-        raise ValueError(f"{path} is {error}") from error
+        way_out = "; save it as 8-bit RGB" if error.kind == INCONVERTIBLE else ""
+        raise ValueError(f"{path} is {error}{way_out}") from error
 
 
 def load_images(
@@ -262,11 +264,20 @@ def load_images(
     test also ``val``), or one with the official CIFAR files, python or binary, unpacked or as .tar.gz. An image that
     is not ``image_size`` x ``image_size`` is resized, its shorter side to 256/224 of that, and cut at the centre.
     Where the images take more than ``resident_bytes``, they stay files of which the headers alone are checked here.
-    ``convert`` turns greyscale, palette, CMYK and transparent images into RGB; ImageNet has some.
+
+    Class folders are read as torchvision's ``ImageFolder`` reads them: folders below them too, in its order, links
+    followed, files without an image's ending left out; here hidden files and folders are left out as well. Pixels are
+    taken as Pillow decodes them: the orientation that a camera notes (EXIF) turns TIFF files and no others.
+    Of an animation or a file of several pages, the first image counts.
+
+    ``convert`` turns greyscale, palette, CMYK and transparent images into RGB; ImageNet has some. Transparency is
+    dropped. Greyscale PNG, TIFF and PGM files of 9 to 16 bits are scaled to 8, to the nearest value (Pillow, and so
+    ``ImageFolder``, would cut them off at 255). Of 16-bit RGB, Pillow reads the upper 8 bits. Images with 32 bits a
+    pixel, integers or floating point, are refused: their files do not say which value is white.
 
     Raises:
         ValueError: no such data set or split, class folders that are empty or differ between the splits, images that
-            are missing, corrupt or not RGB.
+            are missing, corrupt or not RGB, a folder that links to one that it is in.
     """
     if image_size < 1:
         raise ValueError(f"image_size must be >= 1, got {image_size}")

@@ -15,7 +15,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from snn_rl.files import atomic, read_json
+from snn_rl.files import atomic
+from snn_rl.results import load_results
 from snn_rl.vision.recipe import VISION_RECIPES, VisionRecipe
 from snn_rl.vision.training import MODEL, run
 
@@ -163,8 +164,7 @@ def reproduce(
 
 
 def _results(folder: Path) -> dict[str, Any] | None:
-    path = folder / "results.json"
-    return read_json(path) if path.is_file() else None
+    return load_results(folder) if (folder / "results.json").is_file() else None
 
 
 def _markdown(

@@ -14,69 +14,71 @@ OPTIMIZERS = ("sgd", "adam")
 SMOKE_IMAGES = 64  # of each split
 
 
+# The comment at or above a field is its help on the command line.
+
+
 @dataclass(frozen=True)
 class AnnTraining:
-    """The ANN stage. The learning rate falls to 0 along half a cosine."""
+    """The ANN stage, which trains an ordinary network. Its learning rate falls to 0 along half a cosine."""
 
-    epochs: int = 100
-    optimizer: str = "sgd"  # with Nesterov momentum 0.9, or adam
-    learning_rate: float = 0.1
-    weight_decay: float = 5e-4  # of weights alone: not of biases and batch-norm
-    label_smoothing: float = 0.1
+    epochs: int = 100  # epochs of the stage
+    optimizer: str = "sgd"  # sgd (with Nesterov momentum 0.9) or adam
+    learning_rate: float = 0.1  # learning rate at the start
+    weight_decay: float = 5e-4  # weight decay; biases and batch-norm have none
+    label_smoothing: float = 0.1  # share of a label's weight that is spread over all classes
 
 
 @dataclass(frozen=True)
 class SnnTraining:
-    """A spiking stage: conversion of the ANN, or pruning of timesteps, then surrogate gradients through time."""
+    """A spiking stage. It is the converted ANN, or the stage before it with fewer timesteps, trained on."""
 
-    percentile: float = 90.0  # of a ReLU's input: the threshold that it becomes
-    leak: float = 1.0
+    percentile: float = 90.0  # the initial threshold is this percentile of the inputs of the ReLU that it replaces
+    leak: float = 1.0  # initial leak, the factor by which a membrane potential shrinks at each timestep; 1: no leak
+    # let the reset leak too: a membrane keeps leak * (potential - threshold * spike) instead of
+    # leak * potential - threshold * spike
     leak_reset: bool = False
-    epochs: int = 20
-    same_compute: bool = False  # epochs are those of T = 1; a stage has epochs / T, rounded up, which take as long
-    keep_rates: bool = True  # thresholds fall with T (`snn_rl.prune_timesteps`); False lowers T alone, as the paper
-    optimizer: str = "adam"  # or sgd
-    learning_rate: float = 1e-4
-    weight_decay: float = 0.0
-    label_smoothing: float = 0.1
-    distillation_weight: float = 0.0  # of the ANN's softened predictions in the loss; the labels have the rest
-    patience: int | None = None  # epochs without a better validation accuracy that end a stage early
+    epochs: int = 20  # epochs of the stage, at most
+    same_compute: bool = False  # divide epochs by T, rounded up, so that stages take equally long
+    # lower the thresholds with T, so that neurons fire as often per timestep as before; otherwise lower T alone, as the
+    # paper does
+    keep_rates: bool = True
+    optimizer: str = "adam"  # adam or sgd (with Nesterov momentum 0.9)
+    learning_rate: float = 1e-4  # learning rate at the start; it falls to 0 along half a cosine
+    weight_decay: float = 0.0  # weight decay; biases and batch-norm have none
+    label_smoothing: float = 0.1  # share of a label's weight that is spread over all classes
+    distillation_weight: float = 0.0  # weight of the ANN's predictions in the loss, from 0 to 1; labels have the rest
+    patience: int | None = None  # end the stage after this many epochs without a better validation; None: never
 
 
 @dataclass(frozen=True)
 class VisionRecipe:
     """One classifier: data, network, hyperparameters, stages.
 
-    ``dataset`` is cifar10, cifar100 or imagenet-1k, or a folder (`snn_rl.vision.load_images`). ``validation_images``
-    are held out of its training images: thresholds are calibrated on ``calibration_images`` of them, checkpoints are
-    chosen and stages ended early on all of them. ``width`` multiplies the model's channels. ``total_snn_epochs``
-    divides a budget of epochs equally among the spiking stages; None gives each ``snn.epochs``. ``sparsity`` adds a
-    last stage that prunes this fraction of each layer's weights by magnitude and trains the rest. ``cpu_threads`` is
-    torch's; None leaves it to torch.
-
     Raises:
         ValueError: a schedule that does not decrease, or a value out of range.
     """
 
     name: str
-    dataset: str
+    dataset: str  # cifar10, cifar100 or imagenet-1k, or a folder with train/CLASS/IMAGE and test/CLASS/IMAGE
     model: str  # vgg6, vgg16 or resnet20
-    image_size: int = 32
-    convert: bool = False  # images that are not RGB into RGB; else they are refused
-    width: float = 1.0
-    batch_norm: bool = True
-    dropout: float = 0.0
-    augmentation: str = "crop-flip"  # or none, or resized-crop-flip
-    validation_images: int = 5_000
-    calibration_images: int = 1_000
-    batch_size: int = 128  # of all processes together
+    image_size: int = 32  # height and width of the images in pixels
+    convert: bool = False  # convert images that are not RGB; otherwise they are refused
+    width: float = 1.0  # factor for the model's numbers of channels
+    batch_norm: bool = True  # batch-norm in the ANN; it is folded into the spiking network
+    dropout: float = 0.0  # share of activations that dropout sets to 0
+    augmentation: str = "crop-flip"  # crop-flip, resized-crop-flip or none
+    validation_images: int = 5_000  # training images to hold out, which choose checkpoints and end stages early
+    calibration_images: int = 1_000  # validation images that set the thresholds in the conversion
+    batch_size: int = 128  # images per gradient step, of all processes together
     ann: AnnTraining = field(default_factory=AnnTraining)
     snn: SnnTraining = field(default_factory=SnnTraining)
-    schedule: tuple[int, ...] = (5, 4, 3, 2, 1)
+    schedule: tuple[int, ...] = (5, 4, 3, 2, 1)  # timesteps per image (T) of each spiking stage, in decreasing order
+    # epochs of all spiking stages together, divided equally; None: each stage has snn.epochs
     total_snn_epochs: int | None = None
+    # add a last stage that sets this share of each layer's weights to 0, the smallest ones; 0: no such stage
     sparsity: float = 0.0
-    max_images: int | None = None  # of each split, for trials; None takes all
-    cpu_threads: int | None = None
+    max_images: int | None = None  # use only this many images of each split, to try things out; None: all
+    cpu_threads: int | None = None  # CPU threads of torch; None: torch decides
 
     def __post_init__(self) -> None:
         check_plain(self.as_dict())

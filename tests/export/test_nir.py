@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -84,10 +85,11 @@ def assert_same(a: tuple[list[list[Tensor]], list[Tensor]], b: tuple[list[list[T
     torch.testing.assert_close(torch.stack(out_a), torch.stack(out_b), rtol=1e-4, atol=1e-5)
 
 
-def test_snntorch_runs_the_file_spike_for_spike(play: Tensor, tmp_path: Path) -> None:
+@pytest.mark.parametrize("leak", [0.75, 0.0])
+def test_snntorch_runs_the_file_spike_for_spike(play: Tensor, tmp_path: Path, leak: float) -> None:
     from snntorch.import_nir import import_from_nir
 
-    net = network(play)
+    net = network(play, leak=leak)
     write_nir(net, (2, SIZE, SIZE), tmp_path / "net.nir")
     theirs = import_from_nir(nir.read(str(tmp_path / "net.nir")))
     seen, _ = spikes_of(theirs, snntorch.Leaky)
@@ -100,9 +102,10 @@ def test_snntorch_runs_the_file_spike_for_spike(play: Tensor, tmp_path: Path) ->
             out = theirs(frame[None])
             outputs.append((out[0] if isinstance(out, tuple) else out).flatten())
     assert_same(ours(net, play), (seen, outputs))
+    assert {float(m.beta.flatten()[0]) for m in theirs.modules() if isinstance(m, snntorch.Leaky)} == {leak}
 
 
-@pytest.mark.parametrize("leak", [0.75, 1.0])
+@pytest.mark.parametrize("leak", [0.75, 0.0, 1.0])
 def test_norse_runs_the_file_spike_for_spike(play: Tensor, tmp_path: Path, leak: float) -> None:
     norse = pytest.importorskip("norse.torch")
     net = network(play, leak=leak)
@@ -116,11 +119,12 @@ def test_norse_runs_the_file_spike_for_spike(play: Tensor, tmp_path: Path, leak:
     assert_same(ours(net, play), (seen, outputs))
 
 
+@pytest.mark.parametrize("leak", [0.75, 0.0])
 @pytest.mark.parametrize("leak_reset", [False, True])
-def test_snntorch_told_to_subtract_runs_several_micro_steps(play: Tensor, *, leak_reset: bool) -> None:
+def test_snntorch_told_to_subtract_runs_several_micro_steps(play: Tensor, leak: float, *, leak_reset: bool) -> None:
     from snntorch.import_nir import import_from_nir
 
-    net = network(play, timesteps=3, leak_reset=leak_reset)
+    net = network(play, timesteps=3, leak=leak, leak_reset=leak_reset)
     theirs = import_from_nir(to_nir(net, (2, SIZE, SIZE)))
     for name, layer in list(theirs.named_modules()):
         if isinstance(layer, snntorch.Leaky):  # which choose how to reset when they are built
@@ -161,7 +165,7 @@ def test_norse_told_to_subtract_runs_several_micro_steps_of_leak_reset(play: Ten
     assert_same(ours(net, play[:200]), ([[torch.cat(s[i : i + 3]) for i in range(0, 600, 3)] for s in seen], outputs))
 
 
-@pytest.mark.parametrize("leak", [0.75, 1.0])
+@pytest.mark.parametrize("leak", [0.75, 0.0, 1.0])
 @pytest.mark.parametrize("leak_reset", [False, True])
 def test_a_file_comes_back_as_the_network_it_was(
     play: Tensor, tmp_path: Path, leak: float, *, leak_reset: bool
@@ -176,6 +180,60 @@ def test_a_file_comes_back_as_the_network_it_was(
     torch.testing.assert_close(a, b)
     torch.testing.assert_close(state_a, state_b, rtol=1e-4, atol=1e-5)
     assert [p.name for p in tmp_path.iterdir()] == ["net.nir"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_weights_of_any_precision_are_written_in_single(play: Tensor, tmp_path: Path, dtype: torch.dtype) -> None:
+    net = network(play, timesteps=2).to(dtype).train()
+    kept = {name: value.clone() for name, value in net.state_dict().items()}
+    write_nir(net, (2, SIZE, SIZE), tmp_path / "net.nir")
+    weights = [node.weight for node in nir.read(str(tmp_path / "net.nir")).nodes.values() if hasattr(node, "weight")]
+    assert {weight.dtype for weight in weights} == {np.dtype(np.float32)}
+    with torch.no_grad():
+        out, _ = read_nir(tmp_path / "net.nir")(play[:64])
+        expected, _ = copy.deepcopy(net).float().eval()(play[:64])
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    assert net.training
+    assert all(torch.equal(value, kept[name]) for name, value in net.state_dict().items())
+    assert {value.dtype for value in net.state_dict().values()} == {dtype}
+
+
+def snntorch_graph(beta: float) -> nir.NIRGraph:
+    from snntorch.export_nir import export_to_nir
+
+    torch.manual_seed(0)
+    neurons = snntorch.Leaky(torch.full((3,), beta), torch.full((3,), 0.5), init_hidden=True)
+    with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
+        warnings.simplefilter("ignore")
+        return export_to_nir(nn.Sequential(nn.Linear(4, 3), neurons), torch.zeros(4))
+
+
+@pytest.mark.parametrize("beta", [0.0, 1e-3, 0.9, 0.999, 1.0])
+def test_what_snntorch_writes_is_read_with_its_beta_as_leak(beta: float, tmp_path: Path) -> None:
+    nir.write(str(tmp_path / "net.nir"), snntorch_graph(beta))
+    (lif,) = read_nir(tmp_path / "net.nir").lif_layers.values()
+    leak, threshold = lif.leak.item(), lif.threshold.item()
+    assert leak == beta if beta in (0.0, 1.0) else leak == pytest.approx(beta, abs=1e-7)
+    assert threshold == pytest.approx(0.5, rel=1e-6)
+
+
+@pytest.mark.parametrize("dt", [1e-4, 1e-3, 3e-3, 0.7])
+def test_a_tau_of_the_time_step_in_either_precision_is_a_leak_of_zero(dt: float) -> None:
+    for tau, step in ((dt, dt), (np.float32(dt), dt), (dt, float(np.float32(dt))), (np.float32(dt), np.float32(dt))):
+        graph = neuron(nir.LIF(np.full(2, tau), np.ones(2), np.zeros(2), np.full(2, 0.25)))
+        graph.metadata = {"dt": step}
+        (lif,) = from_nir(graph).lif_layers.values()
+        assert lif.leak.item() == 0.0
+        assert lif.threshold.item() == 0.25
+
+
+def test_the_least_threshold_comes_back(play: Tensor) -> None:
+    net = network(play)
+    for lif in net.lif_layers.values():
+        lif.raw_threshold.data.fill_(-1.0)  # type: ignore[operator, union-attr]
+    back = from_nir(to_nir(net, (2, SIZE, SIZE)))
+    for lif in back.lif_layers.values():
+        assert lif.threshold.item() == pytest.approx(1e-6)
 
 
 def test_a_residual_network_comes_back(tmp_path: Path) -> None:
@@ -242,7 +300,6 @@ def test_a_leak_of_one_is_an_integrator(play: Tensor) -> None:
 @pytest.mark.parametrize(
     ("ann", "shape", "leak", "message"),
     [
-        (nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), (4,), 0.0, "'_1'.*a leak of 0"),
         (
             nn.Sequential(nn.Conv2d(1, 2, 3), nn.AvgPool2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2)),
             (1, 6, 6),
@@ -273,28 +330,113 @@ def test_what_nir_cannot_express_is_refused_by_name(
         to_nir(net, shape)
 
 
-def test_what_has_no_counterpart_here_is_refused_by_name() -> None:
-    ones = np.ones(2)
+def neuron(node: Any) -> nir.NIRGraph:
+    """A graph of one node, called x, of two numbers in and out."""
+    nodes = {"input": nir.Input(np.array([2])), "x": node, "output": nir.Output(np.array([2]))}
+    return nir.NIRGraph(nodes, [("input", "x"), ("x", "output")], type_check=False)
 
-    def graph(node: Any) -> Any:
-        nodes = {"input": nir.Input(np.array([2])), "x": node, "output": nir.Output(np.array([2]))}
-        return nir.NIRGraph(nodes, [("input", "x"), ("x", "output")], type_check=False)
 
-    cases = [
-        (nir.CubaLIF(ones, ones, ones, 0 * ones, ones, w_in=ones), "'x' .CubaLIF. has no counterpart"),
-        (nir.LIF(ones, ones, 0 * ones, np.array([1.0, 2.0])), "neurons of NIR node 'x' differ in v_threshold"),
-        (nir.LIF(ones, ones, ones, ones), "'x' has v_leak other than 0"),
-        (nir.LIF(ones * DT / 2, ones, 0 * ones, ones), "'x' must have tau >= 0.0001"),
-        (nir.LIF(ones * 0, ones, 0 * ones, ones), "'x' must have tau >= 0.0001"),
+def lif(**changes: Any) -> nir.LIF:
+    values = {"tau": 1e-3, "r": 1.0, "v_leak": 0.0, "v_threshold": 0.5} | changes
+    return nir.LIF(**{key: np.full(2, value) for key, value in values.items()})
+
+
+ONES = np.ones(2)
+
+
+@pytest.mark.parametrize(
+    ("node", "message"),
+    [
+        (nir.CubaLIF(ONES, ONES, ONES, 0 * ONES, ONES, w_in=ONES), "'x' .CubaLIF. has no counterpart"),
+        (nir.CubaLI(ONES, ONES, ONES, 0 * ONES), "'x' .CubaLI. has no counterpart"),
+        (nir.LI(ONES, ONES, 0 * ONES), "'x' .LI. has no counterpart"),
+        (nir.LIF(ONES, ONES, 0 * ONES, np.array([1.0, 2.0])), "neurons of NIR node 'x' differ in v_threshold"),
+        (lif(v_leak=1.0), "'x' has v_leak other than 0"),
+        (lif(tau=DT / 2), "'x' must have tau >= 0.0001, the time step, got 5e-05"),
+        (lif(tau=0.0), "'x' must have tau >= 0.0001, the time step, got 0"),
+        (lif(tau=-np.inf), "'x' must have tau >= 0.0001, the time step, got -inf"),
+        (lif(tau=np.nan), "'x' must have tau >= 0.0001, the time step, got nan"),
+        (lif(tau=np.inf), "'x' has tau = inf and r = 1, so that no input reaches it; use an IF"),
+        *(
+            (lif(r=r), f"'x' must have r > 0 and finite, got {r:g}")
+            for r in (0.0, -1.0, np.nan, np.inf)
+        ),
+        *(
+            (lif(v_threshold=v), f"'x' must have a v_threshold of 1e-07 to 3.40282e.37, got {v:g}")
+            for v in (0.0, -1.0, np.nan, np.inf, 9e-8)
+        ),
+        (nir.IF(ONES, 0 * ONES), "'x' must have a v_threshold of 1e-06 to 3.40282e.38, got 0"),
+        (nir.IF(0 * ONES, ONES), "'x' must have r > 0 and finite, got 0"),
+        (nir.Affine(np.full((2, 2), np.nan), ONES), "'x' holds numbers that are not finite in single precision"),
+        (nir.Affine(np.eye(2), np.array([1.0, 1e39])), "'x' holds numbers that are not finite in single precision"),
+        (nir.Affine(np.eye(2), np.ones(1)), "'x' must have a bias for each of 2, got 1"),
         (nir.Output(np.array([2])), "exactly one Output, got 2"),
-    ]
-    for node, message in cases:
-        with pytest.raises(ValueError, match=message):
-            from_nir(graph(node))
-    loop = graph(nir.Affine(np.eye(2), np.zeros(2)))
+    ],
+)  # fmt: skip
+def test_what_has_no_counterpart_here_is_refused_by_name(node: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        from_nir(neuron(node))
+
+
+def test_graphs_that_are_no_chain_of_nodes_are_refused() -> None:
+    loop = neuron(nir.Affine(np.eye(2), np.zeros(2)))
     loop.edges.append(("x", "x"))
     with pytest.raises(ValueError, match="form a loop"):
         from_nir(loop)
+    dangling = neuron(nir.Affine(np.eye(2), np.zeros(2)))
+    dangling.edges.append(("x", "y"))
+    with pytest.raises(ValueError, match="an edge 'x' -> 'y', but no node 'y'"):
+        from_nir(dangling)
+
+
+def test_a_convolution_without_bias_has_none() -> None:
+    """One of PyTorch's own would be random."""
+    graph = neuron(nir.Conv2d((4, 4), np.ones((1, 1, 2, 2), np.float32), 1, 0, 1, 1, np.zeros(1)))
+    graph.nodes["x"].bias = None
+    graph.nodes["x"].stride = np.array([2.0, 2.0])
+    out, _ = from_nir(graph)(torch.ones(1, 1, 4, 4))
+    assert out.flatten().tolist() == [4.0] * 4
+
+
+ODD = (None, "abc", 0, -1, 1.5, np.nan, np.inf, [], np.array(["a"]), 10**30, np.array([1 + 2j]), {}, (1, 1, 1))
+
+
+@pytest.mark.parametrize("value", ODD, ids=str)
+def test_numbers_of_another_kind_are_read_or_refused_by_node_name(play: Tensor, value: Any) -> None:
+    whole = to_nir(network(play), (2, SIZE, SIZE))
+    refused = []
+    for name, node in whole.nodes.items():
+        for key in vars(node).keys() - {"input_type", "output_type", "metadata", "input_shape"}:
+            changed = copy.deepcopy(node)
+            setattr(changed, key, value)
+            graph = nir.NIRGraph({**whole.nodes, name: changed}, whole.edges, type_check=False)
+            try:
+                from_nir(graph)
+            except ValueError as error:
+                refused.append((f"node {name!r} ", str(error)))
+    assert len(refused) > 5
+    assert all(name in message and "\n" not in message for name, message in refused)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        *(
+            ({"dt": value}, "dt in the graph's metadata must be a finite number")
+            for value in ("a", np.nan, [1.0], None)
+        ),
+        *(({"dt": value}, "time step dt must be > 0") for value in (0, -1e-4)),
+        *(({"timesteps": value}, "timesteps in the graph's metadata must be a finite") for value in ("a", np.inf, [1])),
+        ({"timesteps": 1.5}, "timesteps in the graph's metadata must be an integer, got 1.5"),
+        ({"timesteps": 0}, "timesteps must be an integer >= 1, got 0"),
+        ({"leak_reset": "yes"}, "leak_reset in the graph's metadata must be a finite number"),
+    ],
+)
+def test_metadata_that_says_nothing_is_refused(metadata: dict[str, Any], message: str) -> None:
+    graph = neuron(lif())
+    graph.metadata = metadata
+    with pytest.raises(ValueError, match=message):
+        from_nir(graph)
 
 
 def test_an_observation_shape_that_is_not_the_networks_is_refused() -> None:

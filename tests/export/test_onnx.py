@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -111,10 +112,37 @@ def test_inputs_are_named_and_the_batch_is_free(tmp_path: Path) -> None:
         np.testing.assert_allclose(again, network(x[:batch], state)[0].detach().numpy(), atol=1e-6)
 
 
+OBSERVATIONS = {torch.float32: "tensor(float)", torch.float64: "tensor(double)", torch.float16: "tensor(float16)"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("observed", OBSERVATIONS)
+def test_weights_of_any_precision_are_run_in_single(tmp_path: Path, dtype: torch.dtype, observed: torch.dtype) -> None:
+    network, x = net()
+    network, x = network.to(dtype), x.to(observed)
+    kept = {name: value.clone() for name, value in network.state_dict().items()}
+    write_onnx(network, x, tmp_path / "a.onnx")
+    model = session(tmp_path / "a.onnx")
+    assert [i.type for i in model.get_inputs()] == [OBSERVATIONS[observed], "tensor(float)"]
+    assert {o.type for o in model.get_outputs()} == {"tensor(float)"}
+    out, carries = run(model, x.numpy(), None)
+    again, _ = run(model, x.numpy(), carries)
+    with torch.no_grad():  # double precision, of the same weights and observations
+        exact = copy.deepcopy(network).double()
+        expected, state = exact(x.double())
+        np.testing.assert_allclose(out, expected.numpy(), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(again, exact(x.double(), state)[0].numpy(), rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(value, kept[name]) for name, value in network.state_dict().items())
+    assert {value.dtype for value in network.state_dict().values()} == {dtype}
+
+
 def test_an_observation_of_another_shape_is_refused_and_nothing_written(tmp_path: Path) -> None:
     network, _ = net()
     with pytest.raises(ValueError, match=r"cannot take observations of shape \(4,\).*1x4 and 3x8"):
         write_onnx(network, torch.zeros(2, 4), tmp_path / "a.onnx")
+    for shape in ((), (3,), (0, 3)):
+        with pytest.raises(ValueError, match=r"must be a batch of observations, \(batch >= 1, ...\), got \("):
+            write_onnx(network, torch.zeros(shape), tmp_path / "a.onnx")
     assert not list(tmp_path.iterdir())
 
 

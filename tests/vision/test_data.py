@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import re
 import shutil
@@ -11,6 +12,7 @@ import sys
 import tarfile
 import types
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from snn_rl.vision.data import (
     eval_batches,
     hold_out,
     load_images,
+    read_image,
     train_batches,
 )
 
@@ -89,6 +92,80 @@ def test_a_folder_is_read_in_sorted_order(tmp_path: Path) -> None:
     assert loaded.labels.tolist() == [0, 0, 1, 1, 2, 2, 2]
     assert loaded.labels.dtype == torch.int64
     assert len(loaded) == 7
+
+
+def image_folder(root: Path) -> list[tuple[Path, int]]:
+    """Paths and labels by the rule of torchvision's ImageFolder: every file below a class, by folder, then by name."""
+    out = []
+    for label, name in enumerate(sorted(path.name for path in root.iterdir())):
+        for place, _, files in sorted(os.walk(root / name, followlinks=True)):
+            out += [(Path(place, file), label) for file in sorted(files) if file.lower().endswith(".png")]
+    return out
+
+
+@pytest.mark.parametrize("resident", [0, 2**20])
+def test_folders_below_a_class_are_read_as_torchvision_reads_them(tmp_path: Path, resident: int) -> None:
+    names = (
+        "b/more/0.png", "b/more-of-it/1.png", "b/more/deep/er/2.png", "b/3.png", "b/Z/4.PNG", "b/more/notes.txt",
+        "a/images/5.png", "a/dir.png/6.png", "c/7.png",
+    )  # fmt: skip
+    pixels = noise(len(names), 8)
+    for image, name in zip(pixels, names, strict=True):
+        path = tmp_path / "train" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path, "PNG")
+    shutil.move(tmp_path / "train/c/7.png", tmp_path / "7.png")
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(tmp_path / "7.png", tmp_path / "elsewhere" / "7.png")
+    (tmp_path / "train/c/link").symlink_to(tmp_path / "elsewhere")
+    expected = image_folder(tmp_path / "train")
+    assert len(expected) == len(names) - 1
+    loaded = load_images(str(tmp_path), "train", 8, resident_bytes=resident)
+    assert loaded.classes == ("a", "b", "c")
+    assert loaded.labels.tolist() == [label for _, label in expected]
+    images, _ = loaded.read(torch.arange(len(loaded)), None)
+    assert torch.equal(images, chw(np.stack([np.asarray(Image.open(path)) for path, _ in expected])))
+
+
+def test_hidden_folders_below_a_class_are_left_out(tmp_path: Path) -> None:
+    write_folder(tmp_path / "train", noise(2, 8), ("a", "a/.ipynb_checkpoints"))
+    Image.fromarray(noise(1, 8)[0]).save(tmp_path / "train" / "a" / "._0.png")
+    assert len(load_images(str(tmp_path), "train", 8)) == 1
+
+
+def test_a_link_to_a_folder_above_it_is_refused(tmp_path: Path) -> None:
+    write_folder(tmp_path / "train", noise(2, 8), ("a/x", "b/y"))
+    (tmp_path / "train/a/x/to-b").symlink_to(tmp_path / "train/b")
+    assert len(load_images(str(tmp_path), "train", 8)) == 3
+    (tmp_path / "train/b/to-a").symlink_to(tmp_path / "train/a")
+    with pytest.raises(ValueError, match=r"a/x/to-b/to-a links to a folder that it is in; remove the link"):
+        load_images(str(tmp_path), "train", 8)
+
+
+def tiny_imagenet(root: Path) -> None:
+    write_folder(root / "train", noise(4, 8), ("n01/images", "n02/images"))
+    (root / "train" / "n01" / "n01_boxes.txt").write_text("n01_0.png\t0\t0\t8\t8\n")
+    for split in ("test", "val"):
+        write_folder(root / split, noise(2, 8), ("images",))
+
+
+def test_tiny_imagenet_is_read_once_its_val_has_class_folders(tmp_path: Path) -> None:
+    tiny_imagenet(tmp_path)
+    for split in ("train", "test"):
+        with pytest.raises(
+            ValueError,
+            match=r"images only in .*; put the images to report on into .*/val/CLASS .of tiny-imagenet-200, "
+            r"val/val_annotations\.txt names the classes",
+        ):
+            load_images(str(tmp_path), split, 8)
+    for i in range(2):
+        (tmp_path / f"val/n0{i + 1}").mkdir()
+        (tmp_path / f"val/images/00{i}.png").rename(tmp_path / f"val/n0{i + 1}/{i}.png")
+    (tmp_path / "val/images").rmdir()
+    assert load_images(str(tmp_path), "train", 8).labels.tolist() == [0, 0, 1, 1]
+    loaded = load_images(str(tmp_path), "test", 8)  # its own `test` has no labels
+    assert loaded.classes == ("n01", "n02")
+    assert torch.equal(loaded.read(torch.arange(2), None)[0], chw(noise(2, 8)))
 
 
 def test_jpeg_is_decoded_as_pillow_does(tmp_path: Path) -> None:
@@ -450,6 +527,110 @@ def test_images_are_converted_where_one_asks_for_it(tmp_path: Path, resident: in
     loaded = load_images(str(tmp_path), "train", 8, resident_bytes=resident, convert=True)
     expected = [np.asarray(Image.open(path).convert("RGB")) for path in sorted((tmp_path / "train/a").iterdir())]
     assert torch.equal(loaded.read(torch.arange(13), None)[0], chw(np.stack(expected)))
+
+
+GREY_16 = np.array(
+    [[0, 128, 129, 255], [256, 257, 385, 386], [32_767, 32_768, 33_000, 65_406], [65_407, 65_534, 65_535, 1]]
+)
+
+
+def rounded(values: np.ndarray, white: int) -> Tensor:
+    """Greyscale of ``white`` + 1 values as 8 bits, to the nearest, in RGB (1, 3, H, W)."""
+    nearest = [[int(Fraction(int(v) * 255, white) + Fraction(1, 2)) for v in row] for row in values]
+    return torch.tensor(nearest, dtype=torch.uint8).expand(1, 3, -1, -1)
+
+
+def tiff(rows: bytes, bits: int, photometric: int) -> bytes:
+    """An uncompressed greyscale TIFF file of 4 x 4 pixels, little-endian."""
+    tags = [
+        (256, 4),
+        (257, 4),
+        (258, bits),
+        (259, 1),
+        (262, photometric),
+        (273, 8),
+        (277, 1),
+        (278, 4),
+        (279, len(rows)),
+    ]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return b"II*\0" + struct.pack("<I", 8 + len(rows)) + rows + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def packed_12(values: np.ndarray) -> bytes:
+    bits = "".join(f"{v:012b}" for v in values.flatten())
+    return int(bits, 2).to_bytes(len(bits) // 8, "big")
+
+
+@pytest.mark.parametrize("resident", [0, 2**20])
+@pytest.mark.parametrize(
+    "kind", ["png", "tif", "big-endian tif", "white-is-zero tif", "12-bit tif", "pgm", "12-bit pgm"]
+)
+def test_greyscale_of_more_than_8_bits_is_scaled(tmp_path: Path, kind: str, resident: int) -> None:
+    path = tmp_path / "train" / "a" / f"0.{kind[-3:]}"
+    path.parent.mkdir(parents=True)
+    values = GREY_16 % 4096 if "12-bit" in kind else GREY_16
+    white = 4095 if "12-bit" in kind else 65_535
+    if kind in ("png", "tif"):
+        Image.fromarray(values.astype(np.uint16)).save(path)
+    elif kind == "big-endian tif":
+        Image.frombytes("I;16B", (4, 4), values.astype(">u2").tobytes()).save(path)
+        assert path.read_bytes()[:2] == b"MM"
+    elif kind == "white-is-zero tif":
+        path.write_bytes(tiff((65_535 - values).astype("<u2").tobytes(), 16, 0))
+    elif kind == "12-bit tif":
+        path.write_bytes(tiff(packed_12(values), 12, 1))
+    else:
+        path.write_bytes(b"P5 4 4 %d\n" % white + values.astype(">u2").tobytes())
+    loaded = load_images(str(tmp_path), "train", 4, resident_bytes=resident, convert=True)
+    found, _ = loaded.read(torch.tensor([0]), None)
+    if kind == "12-bit pgm":  # Pillow scales it to 16 bits first
+        assert (found.int() - rounded(values, white).int()).abs().max() <= 1
+    else:
+        assert torch.equal(found, rounded(values, white))
+    assert np.array_equal(read_image(path, 4, convert=True)[None], found.numpy())
+
+
+def test_16_bits_of_8_bit_values_are_those_values(tmp_path: Path) -> None:
+    values = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(values * 257).save(tmp_path / "a.png")
+    assert np.array_equal(read_image(tmp_path / "a.png", 16, convert=True)[0], values)
+
+
+@pytest.mark.parametrize("resident", [0, 2**20])
+def test_modes_without_a_known_white_are_refused(tmp_path: Path, resident: int) -> None:
+    folder = tmp_path / "train" / "a"
+    write_folder(tmp_path / "train", noise(1, 8), ("a",))
+    Image.fromarray(np.ones((8, 8), np.float32)).save(folder / "f.tif")
+    Image.fromarray(np.ones((8, 8), np.int32)).save(folder / "i.tif")
+    Image.fromarray(np.ones((8, 8), np.uint16)).save(folder / "i16.png")
+    said = "2 not convertible to RGB (a/f.tif is F, a/i.tif is I); remove or convert them, or"
+    out = "save those that are not convertible as 8-bit RGB"
+    with pytest.raises(ValueError, match=re.escape(f"{said} {out}") + "$"):
+        load_images(str(tmp_path), "train", 8, resident_bytes=resident, convert=True)
+    message = f"1 not RGB (a/i16.png is I;16), {said} convert them while loading (convert=True, --convert), or {out}"
+    with pytest.raises(ValueError, match=re.escape(message) + "$"):
+        load_images(str(tmp_path), "train", 8, resident_bytes=resident)
+    with pytest.raises(ValueError, match=r"f\.tif is not convertible to RGB: F; save it as 8-bit RGB"):
+        read_image(folder / "f.tif", 8, convert=True)
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif"])
+def test_orientation_and_pages_are_taken_as_pillow_takes_them(tmp_path: Path, ending: str) -> None:
+    first, second = (Image.fromarray(image) for image in noise(2, 8, seed=5))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    path = tmp_path / "train" / "a" / f"0.{ending}"
+    path.parent.mkdir(parents=True)
+    pages = {} if ending == "jpg" else {"save_all": True, "append_images": [second]}
+    lossless = {"lossless": True} if ending == "webp" else {}
+    first.save(path, exif=exif, **pages, **lossless)
+    found = load_images(str(tmp_path), "train", 8).read(torch.tensor([0]), None)[0]
+    with Image.open(path) as image:  # what ImageFolder does
+        assert torch.equal(found, chw(np.asarray(image.convert("RGB"))[None]))
+    if ending != "jpg":
+        stored = np.rot90(np.asarray(first), -1) if ending == "tif" else np.asarray(first)
+        assert torch.equal(found, chw(stored[None]))
 
 
 def truncate(path: Path) -> None:
