@@ -125,8 +125,7 @@ def claim(directory: Path, recipe: Recipe | VisionRecipe, seed: int, ann: Path |
     stages = (found for pattern in WORK for name in ("ann", "T[0-9]*") for found in directory.glob(f"{name}/{pattern}"))
     work = results if results.is_file() else next(stages, None)
     if work is None:  # where nothing has been trained yet, nothing is lost
-        if not path.is_file() or read_json(path) != _jsonable(config):  # which another process of this run may have
-            write_json(path, config)
+        write_json(path, config)
         return
     another = "give the options that began it, or use another --run-dir"
     if not path.is_file():
@@ -134,10 +133,7 @@ def claim(directory: Path, recipe: Recipe | VisionRecipe, seed: int, ann: Path |
             f"{directory} holds {work.relative_to(directory)} but no run.json, so that this run cannot tell whose it "
             "is; use another --run-dir"
         )
-    before = read_json(path)
-    if not isinstance(before, dict) or not isinstance(before.get("recipe"), dict):
-        raise ValueError(f"{path} describes no run; restore it, or use another --run-dir")
-    for difference in _differences(before, config, recipe):
+    for difference in _differences(read_json(path), config, recipe):
         raise ValueError(f"{directory} belongs to another run: {difference}; {another}")
     if results.is_file():
         head = read_json(results)
@@ -146,9 +142,11 @@ def claim(directory: Path, recipe: Recipe | VisionRecipe, seed: int, ann: Path |
             raise ValueError(f"{results} is not of this run, which would replace it; move it, or use another --run-dir")
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any], recipe: Recipe | VisionRecipe) -> Iterator[str]:
+def _differences(before: Any, now: Mapping[str, Any], recipe: Recipe | VisionRecipe) -> Iterator[str]:
     """What sets two runs apart, first what a person would name first."""
-    theirs, ours = before["recipe"], now["recipe"]
+    before = before if isinstance(before, dict) else {}
+    theirs, ours = before.get("recipe"), now["recipe"]
+    theirs = theirs if isinstance(theirs, dict) else {}
     if theirs.get("name") != recipe.name:
         yield f"its recipe is {theirs.get('name')!r}, not {recipe.name!r}"
     if recipe.is_smoke(theirs) != recipe.is_smoke(ours):

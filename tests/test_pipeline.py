@@ -313,7 +313,10 @@ def test_dead_are_units_in_the_same_play_for_the_same_seed(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = tiny()
-    ann, snn = dataclasses.replace(recipe.ann, drop_dead_units=True), dataclasses.replace(recipe.snn, parent_steps=61)
+    ann, snn = (
+        dataclasses.replace(recipe.ann, drop_dead_units=True),
+        dataclasses.replace(recipe.snn, parent_steps=61, sequence_length=8),
+    )
     recipe = dataclasses.replace(recipe, num_envs=4, ann=ann, snn=snn)
     plays: list[np.ndarray] = []
 

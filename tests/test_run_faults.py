@@ -645,7 +645,7 @@ def test_fields_that_a_recipe_has_gained_since_count_as_their_defaults(whole: Pa
         run(recipe(), del_snn, device="cpu")
     for old in ({}, {"recipe": [], "seed": 0}, []):
         (folder / "run.json").write_text(json.dumps(old))
-        with pytest.raises(ValueError, match=r"run.json describes no run; restore it, or use another --run-dir"):
+        with pytest.raises(ValueError, match=r"belongs to another run: its recipe is None, not 'mine'; give"):
             run(recipe(), folder, device="cpu")
 
 
