@@ -176,16 +176,6 @@ class Recipe:
             raise ValueError(
                 f"total_snn_steps must be >= {len(self.schedule)}, one for each stage, got {self.total_snn_steps}"
             )
-        held, played = self._least_replay()
-        if snn.buffer_size < held:
-            raise ValueError(f"snn.buffer_size must be >= {held}, a window for each environment, got {snn.buffer_size}")
-        needs_play = (snn.distillation_weight and snn.distillation_updates) or (
-            snn.keep_rates and len(self.schedule) > 1
-        )
-        if needs_play and snn.parent_steps < played:
-            raise ValueError(
-                f"snn.parent_steps must be >= {played}, a window for each environment, got {snn.parent_steps}"
-            )
         if not 0 < self.snn.percentile <= 100:
             raise ValueError(f"snn.percentile must lie in (0, 100], got {self.snn.percentile}")
         seen, stacked = (int(kwargs.get("frame_stack", 1)) for kwargs in (self.env_kwargs, self.ann_env_kwargs))
@@ -193,17 +183,20 @@ class Recipe:
             raise ValueError(
                 f"ann_env_kwargs.frame_stack must be a multiple of env_kwargs.frame_stack ({seen}), got {stacked}"
             )
-        least = (max(stacked, seen) + 1) * self.num_envs  # the frames of an observation, and the one that follows
-        if self.ann.buffer_size < least:
-            raise ValueError(
-                f"ann.buffer_size must be >= {least}, a step of each environment, got {self.ann.buffer_size}"
-            )
         frames = stacked // seen
         if frames > 1 and self.snn.burn_in < frames - 1:
             raise ValueError(
                 f"snn.burn_in must be >= {frames - 1}, got {self.snn.burn_in}: the ANN that teaches sees {frames} "
                 "frames"
             )
+        least = self._least_replay()
+        for name, number in (
+            ("ann.buffer_size", self.ann.buffer_size),
+            ("snn.buffer_size", snn.buffer_size),
+            ("snn.parent_steps", snn.parent_steps),
+        ):
+            if number < least[name]:
+                raise ValueError(f"{name} must be >= {least[name]}, a window of each environment, got {number}")
         if max(self.num_envs, self.validation_episodes, self.eval_episodes) > SEEDS_PER_RUN:
             raise ValueError(f"num_envs and the numbers of episodes must be <= {SEEDS_PER_RUN}")
         if snn.restart_every and self.num_envs < 2:
@@ -250,11 +243,19 @@ class Recipe:
             raise ValueError(f"make_env of {self.name} must return a VecEnv of {num_envs} environments, got a {got}")
         return NamedFailures(transposed(env), f"the environment of {self.name}")
 
-    def _least_replay(self) -> tuple[int, int]:
-        """The least ``snn.buffer_size`` and ``snn.parent_steps``: a window of each environment."""
-        window = self.snn.burn_in + self.snn.sequence_length + self.snn.n_steps
-        older = int(self.env_kwargs.get("frame_stack", 1)) - 1  # frames of its first observation
-        return (window + older) * self.num_envs, (window - 1) * self.num_envs
+    def _least_replay(self) -> dict[str, int]:
+        """The least that fields may be so that the replay holds a window of each environment."""
+        seen, stacked = (int(kwargs.get("frame_stack", 1)) for kwargs in (self.env_kwargs, self.ann_env_kwargs))
+        snn = self.snn
+        window = snn.burn_in + snn.sequence_length + snn.n_steps
+        distils = snn.distillation_weight and snn.distillation_updates
+        needs_play = distils or (snn.keep_rates and len(self.schedule) > 1)
+        return {
+            "ann.buffer_size": (max(seen, stacked) + 1)
+            * self.num_envs,  # an observation's frames, and one that follows
+            "snn.buffer_size": (window + seen - 1) * self.num_envs,
+            "snn.parent_steps": (window - 1) * self.num_envs if needs_play else 1,
+        }
 
     def snn_steps(self, timesteps: int) -> int:
         """Environment steps of the stage at ``timesteps``, at most."""
@@ -272,14 +273,20 @@ class Recipe:
     def smoke(self) -> Recipe:
         """The same stages with budgets of seconds: every line runs, nothing is learnt."""
         replace = dataclasses.replace
-        ann = replace(self.ann, env_steps=SMOKE_STEPS, learning_starts=256, buffer_size=2_000, exploration_steps=256)
-        held, played = self._least_replay()
+        least = self._least_replay()
+        ann = replace(
+            self.ann,
+            env_steps=SMOKE_STEPS,
+            learning_starts=256,
+            buffer_size=max(2_000, least["ann.buffer_size"]),
+            exploration_steps=256,
+        )
         snn = replace(
             self.snn,
-            parent_steps=max(256, played),
+            parent_steps=max(256, least["snn.parent_steps"]),
             distillation_updates=4,
             env_steps=256,
-            buffer_size=max(2_000, held),
+            buffer_size=max(2_000, least["snn.buffer_size"]),
             restart_every=min(self.snn.restart_every, 8),
         )
         return replace(

@@ -751,7 +751,7 @@ def test_bad_recipes_are_named(changes: dict[str, Any], message: str) -> None:
         ({"batch_size": 0}, "snn.batch_size must be >= 1, got 0"),
         ({"td_weight": 0.0, "distillation_weight": 0.0}, "must not both be 0: nothing would be learnt"),
         ({"distillation_temperature": 0.0}, "snn.distillation_temperature must be > 0, got 0.0"),
-        ({"buffer_size": 50}, "snn.buffer_size must be >= 184, a window for each environment, got 50"),
+        ({"buffer_size": 50}, "snn.buffer_size must be >= 184, a window of each environment, got 50"),
     ],
 )
 def test_bad_snn_fields_are_named_before_the_ann_is_trained(changes: dict[str, Any], message: str) -> None:

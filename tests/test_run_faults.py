@@ -273,11 +273,30 @@ def test_an_environment_that_cannot_be_built_is_one_line(error: Exception) -> No
         ({"network": NetworkConfig(net_arch=(np.int64(8),))}, "network.net_arch must be a plain Python value"),  # type: ignore[arg-type]
         ({"max_episode_steps": 0}, "max_episode_steps must be >= 1, got 0"),
         ({"checkpoint_every": 0}, "checkpoint_every must be >= 1, got 0"),
+        # burn-in 8, 16 frames and 3 more are 27; of the first of 1 + 26 steps nothing came before
+        ({"snn": SnnConfig(parent_steps=103, burn_in=8)}, "snn.parent_steps must be >= 104, a window of each environ"),
+        ({"ann": AnnConfig(buffer_size=7)}, "ann.buffer_size must be >= 8, a window of each environment, got 7"),
     ],
 )
-def test_what_no_file_could_hold_is_refused_by_the_recipe(changes: dict[str, Any], message: str) -> None:
+def test_what_a_later_stage_would_refuse_is_refused_by_the_recipe(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         recipe(**changes)
+
+
+def test_the_smallest_replays_are_large_enough(tmp_path: Path) -> None:
+    snn = dataclasses.replace(recipe().snn, parent_steps=88, buffer_size=92, env_steps=32)
+    small = recipe(snn=snn, ann=dataclasses.replace(recipe().ann, buffer_size=8))
+    assert len(run(small, tmp_path, device="cpu")["stages"]) == 3
+
+
+def test_every_recipe_has_a_smoke_recipe() -> None:
+    snn = SnnConfig(parent_steps=100_000, buffer_size=100_000, train_every=1_000)
+    wide = recipe(num_envs=1_000, ann=AnnConfig(train_every=1_000), snn=snn, env_kwargs={"frame_stack": 4})
+    smoke = wide.smoke()
+    assert (smoke.ann.buffer_size, smoke.snn.buffer_size, smoke.snn.parent_steps) == (5_000, 26_000, 22_000)
+    assert not wide.is_smoke(wide.as_dict())
+    assert wide.is_smoke(wide.smoke().as_dict())
+    assert RECIPES["pong"].smoke().snn.parent_steps == 256
 
 
 def test_a_memory_that_does_not_fit_is_one_line(tmp_path: Path) -> None:
