@@ -40,7 +40,6 @@ CARTPOLE = Recipe(
     validations_at_target=3,
     validate_every=2_000,
     validation_episodes=100,
-    checkpoint_every=1_000,
     cpu_threads=1,
 )
 

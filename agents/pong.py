@@ -62,7 +62,6 @@ PONG_LITE = Recipe(
     target_return=20.7,
     validate_every=50_000,
     validation_episodes=20,
-    checkpoint_every=10_000,
 )
 
 # A student of four times the pixels learns 30,000 steps of play by heart: its loss is twice as high on steps it has

@@ -20,6 +20,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecMonitor
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
 
 SCREEN = (210, 160)  # height and width of the RGB screen that `render_mode="rgb_array"` shows
+MAX_OBSERVATION = 2**24  # pixels, as many as a policy file takes; more would fill the memory before anything says so
 
 
 class AtariVecEnv(VecEnv):
@@ -57,6 +58,11 @@ class AtariVecEnv(VecEnv):
         ):
             if value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
+        if frame_stack * image_size**2 > MAX_OBSERVATION:
+            raise ValueError(
+                f"an observation must have at most {MAX_OBSERVATION:,} pixels, got frame_stack {frame_stack} of "
+                f"image_size {image_size}"
+            )
         if not 0.0 <= sticky <= 1.0:
             raise ValueError(f"sticky must be a probability in [0, 1], got {sticky}")
         if render_mode not in (None, "rgb_array"):

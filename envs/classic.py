@@ -8,6 +8,7 @@ from gymnasium.wrappers import TransformObservation
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecFrameStack, VecMonitor
 
 POSITIONS = [0, 2]  # cart position and pole angle; 1 and 3 are their velocities
+MAX_STACK = 2**20  # more would fill the memory before anything says so
 
 
 def make_cartpole(
@@ -29,6 +30,8 @@ def make_cartpole(
     for name, value in (("num_envs", num_envs), ("frame_stack", frame_stack)):
         if value < 1:
             raise ValueError(f"{name} must be >= 1, got {value}")
+    if frame_stack > MAX_STACK:
+        raise ValueError(f"frame_stack must be <= {MAX_STACK:,}, got {frame_stack}")
     if not 0 <= seed < 2**31 - num_envs:
         raise ValueError(f"seed must lie in [0, 2**31 - num_envs), got {seed}")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,14 @@ from snn_rl.averaging import WeightAverage
 from snn_rl.dqn import SpikingDQN
 from snn_rl.dqn.teacher import StackedTeacher
 from snn_rl.files import atomic, read_json, write_json
+from snn_rl.progress import one_line
 from snn_rl.recipe import SEEDS_PER_RUN, Recipe
 from snn_rl.restarts import RestartingVecEnv
 from snn_rl.stages import BEST, Stage
 
 AVERAGE = "checkpoint.average.safetensors"
+CHECKPOINT_SECONDS = 60.0  # of training that a kill costs at most
+WRITING_SHARE = 0.05  # of the time, at most: where writing takes long, checkpoints are further apart
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class History:
     curve: dict[str, list[float]] = field(default_factory=lambda: {"env_steps": [], "returns": []})
     validation: list[list[float]] = field(default_factory=list)  # [environment steps, mean return]
     wall_seconds: float = 0.0
-    extra_steps: int = 0  # environment steps of the parent's play
+    extra_steps: int = 0  # environment steps of the parent's play that the replay holds
     extra_updates: int = 0
 
     def note(self, steps: int, mean: float) -> None:
@@ -102,10 +106,6 @@ def channels_last(model: DQN) -> DQN:
     return model
 
 
-def one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
 def averaged(this: Run, stage: Stage, model: DQN) -> WeightAverage | None:
     """The moving average of a stage's weights, begun or as the checkpoint has it; None where the recipe wants none."""
     ann, snn = this.recipe.ann, this.recipe.snn
@@ -120,6 +120,32 @@ def averaged(this: Run, stage: Stage, model: DQN) -> WeightAverage | None:
     if (folder / "checkpoint.zip").is_file():
         average.load(folder / AVERAGE)
     return average
+
+
+class Checkpoints:
+    """A stage's checkpoints, with its history and its average: when one is due, and how it is written."""
+
+    def __init__(self, folder: Path, history: History, average: WeightAverage | None) -> None:
+        self.folder, self.history, self.average = folder, history, average
+        self._written = monotonic()
+        self._started = self._written - history.wall_seconds
+        self._cost = 0.0  # seconds that writing the last one took
+
+    def are_due(self) -> bool:
+        """Whether a minute has passed since the last one, or longer, so that writing takes a twentieth at most."""
+        return monotonic() - self._written >= max(CHECKPOINT_SECONDS, self._cost / WRITING_SHARE)
+
+    def tell_time(self) -> None:
+        """Note in the history how long the stage has taken."""
+        self.history.wall_seconds = monotonic() - self._started
+
+    def write(self, model: DQN, *, replay: bool = True) -> None:
+        """Write one; without ``replay`` where that stands already and has not changed."""
+        began = monotonic()
+        self.tell_time()
+        save_checkpoint(self.folder, model, self.history, self.average, replay=replay)
+        self._written = monotonic()
+        self._cost = self._written - began
 
 
 def save_checkpoint(

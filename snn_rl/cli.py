@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import importlib
 import inspect
-import logging
 import os
 import re
 import select
@@ -20,9 +19,7 @@ from typing import Annotated, Any, TypedDict, TypeVar, cast, get_type_hints
 
 import gymnasium as gym
 import tyro
-from gymnasium import spaces
-from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor, VecTransposeImage
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor
 
 from snn_rl import vision
 from snn_rl.memory import keep_freed_memory
@@ -275,14 +272,6 @@ def named_environment(name: str, policy: LoadedPolicy, num_envs: int = 1, seed: 
         raise
     except Exception as error:  # the module and the environment may raise anything
         raise ValueError(f"the environment {name} cannot be built: {type(error).__name__}: {error}") from error
-    seen = env.observation_space
-    if (
-        isinstance(seen, spaces.Box)
-        and is_image_space(seen)
-        and not is_image_space_channels_first(seen)
-        and VecTransposeImage.transpose_space(seen) == policy.observation_space
-    ):
-        env = VecTransposeImage(env)  # as SB3 does
     for kind in ("observation_space", "action_space"):
         ours, theirs = getattr(policy, kind), getattr(env, kind)
         if ours != theirs:
@@ -368,29 +357,8 @@ def _begin(options: argparse.Namespace) -> dict[str, Any]:
     """Settings of this process, a word of where the run is kept, and the arguments that every training takes."""
     keep_freed_memory()
     if _is_first():
-        _show_log()
         print(f"training into {_run_dir(options)}; watch it with: tensorboard --logdir {_run_dir(options)}", flush=True)
     return {"device": options.device, "ann": options.ann, "progress_bar": sys.stderr.isatty() and _is_first()}
-
-
-class _Stderr(logging.Handler):
-    """To ``sys.stderr`` as it is by then; logging's own keeps the stream that it began with."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            print(self.format(record), file=sys.stderr)
-        except Exception:  # a closed pipe, a full disk: no reason for a training to end
-            self.handleError(record)
-
-
-def _show_log() -> None:
-    """What the package logs of a training, on stderr, with the time of day."""
-    log = logging.getLogger("snn_rl")
-    log.setLevel(logging.INFO)
-    if not log.handlers:
-        handler = _Stderr()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-        log.addHandler(handler)
 
 
 def print_results(results: Mapping[str, Any]) -> None:

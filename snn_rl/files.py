@@ -103,9 +103,12 @@ def alone_in(directory: Path, wait: float = 0.0) -> Iterator[None]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as JSON, atomically."""
+    """Write ``value`` as JSON, atomically, unless the file holds it already."""
+    text = json.dumps(value, indent=1) + "\n"
+    if path.is_file() and path.read_bytes() == text.encode():  # perhaps as another process has just written it
+        return
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n")
+        temporary.write_text(text)
 
 
 def read_json(path: Path) -> Any:

@@ -1,47 +1,50 @@
 """The stages of an agent: ANN-DQN, conversion, temporal pruning. How stages make a run: `snn_rl.stages`.
 
-A checkpoint is written every ``checkpoint_every`` environment steps, and twenty times while a stage distils.
+A checkpoint is written after a minute of collecting, distilling or training (later where writing takes more than a
+twentieth of the time), every ``checkpoint_every`` environment steps and twenty times while a stage distils.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium import spaces
 from stable_baselines3 import DQN
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.utils import LinearSchedule
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from stable_baselines3.dqn.policies import DQNPolicy
 
 from snn_rl._run import (
+    Checkpoints,
     History,
     Run,
     algorithm_of,
     averaged,
     channels_last,
     load_model,
-    one_line,
     resume,
-    save_checkpoint,
 )
-from snn_rl.averaging import WeightAverage
 from snn_rl.dead_units import without_dead_units
 from snn_rl.dqn import ConvExtractor, SequenceReplayBuffer, SpikingDQN, SpikingDQNPolicy
 from snn_rl.dqn.replay import frame_stack_of
+from snn_rl.dqn.spaces import check_spaces
 from snn_rl.dqn.teacher import StackedTeacher, frames_of
-from snn_rl.evaluation import evaluate, spiking_network
+from snn_rl.environments import EnvironmentFailedError
+from snn_rl.evaluation import Evaluation, evaluate, is_monitored, spiking_network
 from snn_rl.files import alone_in, atomic, write_json
-from snn_rl.policy_file import check_storable, load_policy, save_policy
+from snn_rl.policy_file import LoadedPolicy, check_space, check_storable, load_policy, save_policy
+from snn_rl.progress import bar, digits, one_line, show_log
 from snn_rl.recipe import SEEDS_PER_RUN, TEST_SEEDS, VALIDATION_SEEDS, AnnConfig, Recipe, SnnConfig
 from snn_rl.stages import (
     BEST,
@@ -76,12 +79,16 @@ def run(
     """Train every stage of ``recipe`` that is not finished yet; returns what ``results.json`` holds.
 
     ``ann`` is an SB3 DQN's zip, or the policy file of an ANN, that takes the ANN stage's place: it is evaluated, not
-    trained. Where another process trains in ``directory``, ``wait`` that many seconds for it to end. Progress goes to
-    ``logging``'s "snn_rl".
+    trained. Where another process trains in ``directory``, ``wait`` that many seconds for it to end.
+
+    What the run does is logged to ``logging``'s "snn_rl" and shown on stderr, unless the program has set up logging.
+    ``logging.getLogger("snn_rl").setLevel(logging.WARNING)`` turns it off. ``progress_bar`` adds bars with the time
+    left, where tqdm is installed.
 
     Raises:
         ValueError: a directory of another run, or one that another process trains in; a device that is not there; an
-            ``ann`` that does not fit; an environment that DQN or conversion cannot learn in.
+            ``ann`` that does not fit; an environment that DQN or conversion cannot learn in, or that raises an error
+            (the ``__cause__``); an episode of evaluation that does not end; too little memory.
     """
     if not 0 <= seed < 100_000:
         raise ValueError(f"seed must lie in [0, 100000), got {seed}")
@@ -90,66 +97,101 @@ def run(
     if recipe.cpu_threads is not None:
         torch.set_num_threads(recipe.cpu_threads)
     this = Run(recipe, directory, seed, device, progress_bar)
-    _check_spaces(recipe, *(this.env(stage, 1, 0) for stage in chain(recipe.schedule, ann)[:2]))
+    stages = chain(recipe.schedule, ann)
     head = {"recipe": recipe.name, "env_id": recipe.env_id, "seed": seed}
-    with alone_in(directory, wait):
-        claim(directory, recipe.as_dict(), seed, ann, ANN_FILES)
-        return run_stages(directory, chain(recipe.schedule, ann), lambda stage: _train_stage(this, stage), head)
+    _check(this, stages)
+    given = None
+    if ann is not None and not (directory / stages[0].name / "metrics.json").is_file():
+        given = _load_ann(this, stages[0], ann)
 
-
-def _check_spaces(recipe: Recipe, for_ann: VecEnv, for_spiking: VecEnv) -> None:
-    """What a stage would find out after the one before it has been trained."""
-    for env in (for_ann, for_spiking):
-        observations, actions = env.observation_space, env.action_space
-        env.close()
-        if not isinstance(observations, spaces.Box):
-            raise ValueError(f"{recipe.name} needs a Box of observations; flatten its environment's, {observations}")
-        if not isinstance(actions, spaces.Discrete) or actions.start != 0:
+    def train(stage: Stage) -> None:
+        try:
+            _train_stage(this, stage, given)
+        except EnvironmentFailedError as failure:
             raise ValueError(
-                f"{recipe.name} needs Discrete actions from 0 on; wrap its environment, which has {actions}"
-            )
+                f"{stage.name}: {failure}; once that is repaired, the same call goes on from the last checkpoint"
+            ) from failure.__cause__
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise ValueError(
+                f"{stage.name} takes more memory than there is ({one_line(error)}); lower buffer_size, batch_size or "
+                "num_envs"
+            ) from error
+
+    with show_log(), alone_in(directory, wait):
+        claim(directory, recipe, seed, ann)
+        return run_stages(directory, stages, train, head)
+
+
+def _check(this: Run, stages: Sequence[Stage]) -> None:
+    """What a stage would find out after the one before it has been trained."""
+    recipe = this.recipe
+    for_ann, for_spiking = (this.env(stage, 1, 0) for stage in stages[:2])
+    for env in (for_ann, for_spiking):
+        try:
+            _check_env(recipe.name, env)
+        finally:
+            env.close()
     seen, stacked = for_spiking.observation_space, for_ann.observation_space
     if for_ann.action_space != for_spiking.action_space or (seen != stacked and frames_of(stacked, seen) is None):
         raise ValueError(
             f"ann_env_kwargs of {recipe.name} may add a stack of frames alone, but {recipe.ann_env_kwargs} makes "
             f"{stacked} of {seen}"
         )
+    if recipe.network.convolutions and stages[0].parent is None:
+        for space in (stacked, seen):
+            with torch.device("meta"):  # takes no memory
+                ConvExtractor(space, **_extractor_kwargs(recipe))  # type: ignore[arg-type]
+
+
+def _check_env(name: str, env: VecEnv) -> None:
+    """Raises ValueError for an environment that a stage could not learn in, or whose agent no file could hold."""
+    observations, actions = env.observation_space, env.action_space
+    try:
+        check_spaces(observations, actions)
+        check_space(observations)
+        check_space(actions)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    if not is_monitored(env):
+        raise ValueError(f"make_env of {name} must return monitored environments: wrap them in VecMonitor")
+    running = (gym.wrappers.NormalizeObservation, gym.wrappers.NormalizeReward)
+    if unwrap_vec_normalize(env) is not None or any(any(env.env_is_wrapped(wrapper)) for wrapper in running):
+        raise ValueError(
+            f"make_env of {name} must not normalize by running statistics, which each stage, validation and evaluation "
+            "would begin anew; scale by constants instead, with gymnasium.wrappers.TransformObservation"
+        )
 
 
 # --- one stage ----------------------------------------------------------------------------------------------------
 
 
-def _train_stage(this: Run, stage: Stage) -> None:
-    """Train or resume a stage, choose its checkpoint on validation seeds, evaluate it, write its files."""
+def _train_stage(this: Run, stage: Stage, given: DQN | None = None) -> None:
+    """Train or resume a stage, choose its checkpoint on validation seeds, evaluate it, write its files.
+
+    Where an ANN is ``given``, it is what the ANN stage would have trained.
+    """
     folder = this.directory / stage.name
     folder.mkdir(parents=True, exist_ok=True)
-    if stage.timesteps is None and stage.parent is not None:
-        model, history = _load_ann(this, stage, Path(stage.parent)), History()
-        history.extra_steps, history.extra_updates = model.num_timesteps, model._n_updates
+    if stage.timesteps is None and given is not None:
+        model, history = given, History(extra_steps=given.num_timesteps, extra_updates=given._n_updates)
     else:
         resumed = resume(this, stage)
-        model, history = resumed or _begin(this, stage)
-        done = f"goes on after {getattr(model, 'distilled', 0)} updates of distillation and {model.num_timesteps} steps"
-        LOG.info("%s %s", stage.name, done if resumed else f"begins, from {stage.parent or 'nothing'}")
-        average = averaged(this, stage, model)
+        parent: DQN | StackedTeacher | None = None
+        if resumed is None:
+            model, history, parent = _begin(this, stage)
+            LOG.info("%s begins, from %s", stage.name, stage.parent or "nothing")
+        else:
+            model, history = resumed
+            LOG.info("%s goes on after %s", stage.name, _done(this, model, history))
+        checkpoints = Checkpoints(folder, history, averaged(this, stage, model))
         if isinstance(model, SpikingDQN):
-            _distill(this, stage, model, history, average)
-        budget = this.recipe.ann.env_steps if stage.timesteps is None else this.recipe.snn_steps(stage.timesteps)
-        callback = StageCallback(this, stage, history, average)
-        if model.num_timesteps < budget and not callback.reached_target(model.num_timesteps):
-            callbacks: list[BaseCallback] = [callback]
-            if this.progress_bar:
-                callbacks.append(ProgressBarCallback())
-            model.set_logger(configure(str(folder), ["tensorboard"]))
-            model.learn(
-                budget - model.num_timesteps,
-                callback=CallbackList(callbacks),
-                reset_num_timesteps=model.num_timesteps == 0,
-                log_interval=1,
-            )
-            callback.finish()
+            _collect(this, stage, model, checkpoints, parent)
+            _distill(this, stage, model, checkpoints)
+        _learn(this, stage, model, checkpoints)
         history.extra_steps += model.num_timesteps
         history.extra_updates += model._n_updates
+        if (env := model.get_env()) is not None:
+            env.close()  # its processes, too
         if (folder / BEST).is_file():
             model = load_model(this, algorithm_of(stage), folder / BEST)
     if stage.timesteps is None and this.recipe.ann.drop_dead_units:
@@ -159,12 +201,21 @@ def _train_stage(this: Run, stage: Stage) -> None:
     _export(this, stage, model, history)
 
 
-def _begin(this: Run, stage: Stage) -> tuple[DQN, History]:
-    """A stage's algorithm before its first step of learning on its own play."""
+def _done(this: Run, model: DQN, history: History) -> str:
+    """How far a stage has come, in words."""
+    if not isinstance(model, SpikingDQN):
+        return f"{model.num_timesteps} steps"
+    if history.extra_steps < this.recipe.snn.parent_steps:
+        return f"{history.extra_steps} of {this.recipe.snn.parent_steps} steps of its parent's play"
+    return f"{model.distilled} updates of distillation and {model.num_timesteps} steps"
+
+
+def _begin(this: Run, stage: Stage) -> tuple[DQN, History, DQN | StackedTeacher | None]:
+    """A stage's algorithm before its first step, and whose play is to fill its replay; None in the ANN stage."""
     remove_leftovers(this.directory / stage.name)
     env = this.training_env(stage)
     if stage.timesteps is None:
-        return new_ann(this, env), History()
+        return new_ann(this, env), History(), None
     started = time.monotonic()
     config = this.recipe.snn
     ann = load_model(this, DQN, this.directory / "ann" / "model.zip")
@@ -190,10 +241,11 @@ def _begin(this: Run, stage: Stage) -> tuple[DQN, History]:
         "seed": this.first_seed,
         "device": this.device,
     }
-    ann.exploration_rate = config.parent_eps
     teacher = this.teacher(ann, env)
-    if stage.parent == "ann":
-        parent: DQN | StackedTeacher = teacher
+    parent = _parent(this, stage, teacher)
+    if isinstance(parent, SpikingDQN):
+        model = SpikingDQN.from_parent(parent, env, stage.timesteps, **kwargs)
+    else:
         model = SpikingDQN.from_ann(
             ann,
             env,
@@ -205,20 +257,88 @@ def _begin(this: Run, stage: Stage) -> tuple[DQN, History]:
             policy_kwargs={"optimizer_kwargs": _adam(config)},
             **kwargs,
         )
-    else:
-        assert stage.parent is not None
-        parent = spiking = load_model(this, SpikingDQN, this.directory / stage.parent / "model.zip")
-        assert isinstance(spiking, SpikingDQN)
-        spiking.exploration_rate = config.parent_eps
-        model = SpikingDQN.from_parent(spiking, env, stage.timesteps, **kwargs)
     model.teacher = teacher
-    model.set_logger(configure(str(this.directory / stage.name), []))
-    model.collect(parent, config.parent_steps)
+    return model, History(wall_seconds=time.monotonic() - started), parent
+
+
+def _parent(this: Run, stage: Stage, teacher: DQN | StackedTeacher) -> DQN | StackedTeacher:
+    """Who plays what a spiking stage first learns from, and explores as the recipe says: its parent."""
+    assert stage.parent is not None
+    parent = teacher
+    if stage.parent != "ann":
+        parent = load_model(this, SpikingDQN, this.directory / stage.parent / "model.zip")
+    acting = parent.dqn if isinstance(parent, StackedTeacher) else parent
+    acting.exploration_rate = this.recipe.snn.parent_eps
+    return parent
+
+
+def _collect(
+    this: Run, stage: Stage, model: SpikingDQN, checkpoints: Checkpoints, parent: DQN | StackedTeacher | None
+) -> None:
+    """What is left of the parent's play that fills a stage's replay; ``parent`` is loaded where there is none."""
+    config, history = this.recipe.snn, checkpoints.history
+    left = config.parent_steps - history.extra_steps
+    if left <= 0:
+        return
+    if parent is None:
+        assert model.teacher is not None
+        parent = _parent(this, stage, model.teacher)
+    model.set_logger(configure(str(checkpoints.folder), []))
+    done = config.parent_steps - left
+    with bar(this.progress_bar, f"{stage.name}, play of {stage.parent}", config.parent_steps, "step", done) as tick:
+        model.collect(parent, left, CollectionCallback(checkpoints, left, tick))
     if isinstance(parent, SpikingDQN) and config.keep_rates:
         model.keep_rates(parent)
-    history = History(extra_steps=model.num_timesteps, wall_seconds=time.monotonic() - started)
+    history.extra_steps = done + -(-left // this.recipe.num_envs) * this.recipe.num_envs
     model.num_timesteps = 0
-    return model, history
+    checkpoints.write(model)
+
+
+def _distill(this: Run, stage: Stage, model: SpikingDQN, checkpoints: Checkpoints) -> None:
+    """What is left of a stage's distillation, in pieces, each of which a kill leaves standing."""
+    assert stage.timesteps is not None
+    config, average = this.recipe.snn, checkpoints.average
+    updates = this.recipe.distillation_updates(stage.timesteps) if config.distillation_weight else 0
+    schedule = LinearSchedule(config.learning_rate, config.play_learning_rate, 1.0)
+    model.set_logger(configure(str(checkpoints.folder), []))
+
+    if model.distilled >= updates:
+        return
+    with bar(this.progress_bar, f"{stage.name}, distillation", updates, "update", model.distilled) as tick:
+
+        def after_update() -> None:
+            if average is not None:
+                average.update()
+            tick(1)
+            if checkpoints.are_due():
+                checkpoints.write(model, replay=False)  # the replay stands, and has not changed
+
+        while (done := model.distilled) < updates:
+            piece = min(-(-updates // DISTILLATION_PIECES), updates - done)
+
+            def learning_rate(remaining: float, done: int = done, piece: int = piece) -> float:
+                return schedule(1 - (done + (1 - remaining) * piece) / updates)
+
+            loss = model.distill(piece, learning_rate, after_update)
+            LOG.info("%s after %d of %d updates of distillation: loss %.3f", stage.name, model.distilled, updates, loss)
+            checkpoints.write(model, replay=False)
+
+
+def _learn(this: Run, stage: Stage, model: DQN, checkpoints: Checkpoints) -> None:
+    """What is left of a stage's learning on its own play."""
+    budget = this.recipe.ann.env_steps if stage.timesteps is None else this.recipe.snn_steps(stage.timesteps)
+    callback = StageCallback(this, stage, checkpoints)
+    if model.num_timesteps >= budget or callback.reached_target(model.num_timesteps):
+        return
+    model.set_logger(configure(str(checkpoints.folder), ["tensorboard"]))
+    with bar(this.progress_bar, stage.name, budget, "step", model.num_timesteps) as callback.tick:
+        model.learn(
+            budget - model.num_timesteps,
+            callback=callback,
+            reset_num_timesteps=model.num_timesteps == 0,
+            log_interval=1,
+        )
+        callback.finish()
 
 
 def _own_play(this: Run, stage: Stage, model: DQN) -> Iterator[np.ndarray]:
@@ -238,29 +358,6 @@ def _own_play(this: Run, stage: Stage, model: DQN) -> Iterator[np.ndarray]:
         env.close()
 
 
-def _distill(this: Run, stage: Stage, model: SpikingDQN, history: History, average: WeightAverage | None) -> None:
-    """What is left of a stage's distillation, in pieces, each of which a kill leaves standing."""
-    assert stage.timesteps is not None
-    config, folder = this.recipe.snn, this.directory / stage.name
-    updates = this.recipe.distillation_updates(stage.timesteps) if config.distillation_weight else 0
-    schedule = LinearSchedule(config.learning_rate, config.play_learning_rate, 1.0)
-    model.set_logger(configure(str(folder), []))
-    if model.distilled < updates and not (folder / "checkpoint.zip").is_file():
-        save_checkpoint(folder, model, history, average)
-    while (done := model.distilled) < updates:
-        started = time.monotonic()
-        piece = min(-(-updates // DISTILLATION_PIECES), updates - done)
-
-        def learning_rate(remaining: float, done: int = done, piece: int = piece) -> float:
-            return schedule(1 - (done + (1 - remaining) * piece) / updates)
-
-        after_update = (lambda: None) if average is None else average.update
-        loss = model.distill(piece, learning_rate, after_update)
-        LOG.info("%s after %d of %d updates of distillation: loss %.3f", stage.name, model.distilled, updates, loss)
-        history.wall_seconds += time.monotonic() - started
-        save_checkpoint(folder, model, history, average, replay=False)  # which stands, and has not changed
-
-
 def new_ann(this: Run, env: VecEnv) -> DQN:
     """The ANN stage's algorithm: SB3's DQN."""
     config, network = this.recipe.ann, this.recipe.network
@@ -270,10 +367,7 @@ def new_ann(this: Run, env: VecEnv) -> DQN:
     }
     if network.convolutions:
         policy_kwargs["features_extractor_class"] = ConvExtractor
-        policy_kwargs["features_extractor_kwargs"] = {
-            "features_dim": network.features_dim,
-            "convolutions": network.convolutions,
-        }
+        policy_kwargs["features_extractor_kwargs"] = _extractor_kwargs(this.recipe)
     model = DQN(
         "CnnPolicy" if network.convolutions else "MlpPolicy",
         env,
@@ -298,15 +392,26 @@ def new_ann(this: Run, env: VecEnv) -> DQN:
     return channels_last(model)
 
 
+def _extractor_kwargs(recipe: Recipe) -> dict[str, Any]:
+    return {"features_dim": recipe.network.features_dim, "convolutions": recipe.network.convolutions}
+
+
 def _adam(config: AnnConfig | SnnConfig) -> dict[str, Any]:
     return {"eps": config.adam_eps, "fused": True}  # one pass over all parameters
 
 
 def _load_ann(this: Run, stage: Stage, path: Path) -> DQN:
+    """The DQN in ``path``, checked against the environment of the ANN stage, ``stage``."""
+    if not path.is_file():
+        raise ValueError(f"no file at {path}; --ann takes {ANN_FILES}")
     env = this.env(stage, 1, 0)
     try:
+        source = "was trained"
         if path.suffix == ".safetensors":
-            policy: DQNPolicy = load_policy(path).policy
+            loaded = load_policy(path)
+            policy: DQNPolicy = loaded.policy
+            if recipe := loaded.metadata["provenance"].get("recipe"):
+                source = f"is of the recipe {recipe!r}, trained"
         else:
             model = _read_zip(path, this.device)
             policy = model.policy
@@ -316,7 +421,7 @@ def _load_ann(this: Run, stage: Stage, path: Path) -> DQN:
         for name in ("observation_space", "action_space"):
             ours, theirs = getattr(policy, name), getattr(env, name)
             if ours != theirs:
-                raise ValueError(f"{path} was trained with {name} {ours}, but {this.recipe.name} has {theirs}")
+                raise ValueError(f"{path} {source} with {name} {ours}, but {this.recipe.name} has {theirs}")
         if path.suffix == ".safetensors":
             names = ("net_arch", "features_extractor_class", "features_extractor_kwargs", "normalize_images")
             kwargs = {name: getattr(policy, name) for name in names}
@@ -342,15 +447,34 @@ def _read_zip(path: Path, device: str) -> DQN:
 # --- during a stage -----------------------------------------------------------------------------------------------
 
 
+class CollectionCallback(BaseCallback):
+    """Checkpoints while a stage collects ``steps`` of its parent's play."""
+
+    def __init__(self, checkpoints: Checkpoints, steps: int, tick: Callable[[int], object]) -> None:
+        super().__init__()
+        self.checkpoints, self.steps, self.tick = checkpoints, steps, tick
+        self.before = checkpoints.history.extra_steps
+
+    def _on_step(self) -> bool:
+        n_envs = self.training_env.num_envs
+        taken = self.n_calls * n_envs
+        self.tick(n_envs)
+        # Not at the last step: a checkpoint of all of it has the thresholds that follow from it.
+        if taken < self.steps and self.checkpoints.are_due():
+            self.checkpoints.history.extra_steps = self.before + taken - n_envs  # this step is not in the replay yet
+            self.checkpoints.write(self.model)  # type: ignore[arg-type]
+        return True
+
+
 class StageCallback(BaseCallback):
     """Validation, early stop, checkpoints and the reward curve of one stage."""
 
-    def __init__(self, this: Run, stage: Stage, history: History, average: WeightAverage | None) -> None:
+    def __init__(self, this: Run, stage: Stage, checkpoints: Checkpoints) -> None:
         super().__init__()
-        self.this, self.stage, self.history, self.average = this, stage, history, average
-        self.folder = this.directory / stage.name
-        self.started = time.monotonic() - history.wall_seconds
+        self.this, self.stage, self.checkpoints = this, stage, checkpoints
+        self.folder, self.history, self.average = checkpoints.folder, checkpoints.history, checkpoints.average
         self.env: VecEnv | None = None
+        self.tick: Callable[[int], object] = lambda _: None
 
     def reached_target(self, steps: int) -> bool:
         target, needed = self.this.recipe.target_return, self.this.recipe.validations_at_target
@@ -367,10 +491,11 @@ class StageCallback(BaseCallback):
         self.next_point = self._next(self.curve_every)
         self.averaged_updates = self.model._n_updates
 
-    def _next(self, every: int) -> int:
-        return (self.num_timesteps // every + 1) * every
+    def _next(self, every: int | None) -> float:
+        return math.inf if every is None else (self.num_timesteps // every + 1) * every
 
     def _on_step(self) -> bool:
+        self.tick(self.training_env.num_envs)
         if self.num_timesteps >= self.next_point:
             self.next_point = self._next(self.curve_every)
             if self.model.ep_info_buffer:
@@ -399,7 +524,7 @@ class StageCallback(BaseCallback):
             if made:
                 self.average.update(made)
         # Between a rollout and the next, where the replay holds every step that was taken.
-        if self.num_timesteps >= self.next_checkpoint:
+        if self.num_timesteps >= self.next_checkpoint or self.checkpoints.are_due():
             self.next_checkpoint = self._next(self.this.recipe.checkpoint_every)
             self._checkpoint()
 
@@ -407,7 +532,9 @@ class StageCallback(BaseCallback):
         """At the end of the budget: a last validation, unless one was just made."""
         if not self.history.validation or self.history.validation[-1][0] != self.num_timesteps:
             self._validate()
-        self.history.wall_seconds = time.monotonic() - self.started
+        if self.checkpoints.are_due():  # what is left of the stage may take long
+            self._checkpoint()
+        self.checkpoints.tell_time()
         if self.env is not None:
             self.env.close()
 
@@ -417,10 +544,10 @@ class StageCallback(BaseCallback):
             self.env = self.this.env(self.stage, recipe.validation_episodes, VALIDATION_SEEDS)
         self.env.seed(VALIDATION_SEEDS + self.this.seed * SEEDS_PER_RUN)  # the same episodes at every validation
         with nullcontext() if self.average is None else self.average.in_place():
-            mean = evaluate(self.model, self.env, recipe.validation_episodes).mean  # type: ignore[arg-type]
+            mean = _evaluate(self.this, self.model, self.env, recipe.validation_episodes).mean  # type: ignore[arg-type]
             best = max((m for _, m in self.history.validation), default=-np.inf)
             self.history.note(self.num_timesteps, mean)
-            LOG.info("%s after %d steps: %.1f on validation", self.stage.name, self.num_timesteps, mean)
+            LOG.info("%s after %d steps: %s on validation", self.stage.name, self.num_timesteps, digits(mean))
             self.logger.record("validation/mean_reward", mean)
             self.logger.dump(self.num_timesteps)
             if mean >= best:
@@ -429,8 +556,12 @@ class StageCallback(BaseCallback):
                     self.model.save(temporary)
 
     def _checkpoint(self) -> None:
-        self.history.wall_seconds = time.monotonic() - self.started
-        save_checkpoint(self.folder, self.model, self.history, self.average)  # type: ignore[arg-type]
+        self.checkpoints.write(self.model)  # type: ignore[arg-type]
+
+
+def _evaluate(this: Run, agent: DQN | LoadedPolicy, env: VecEnv, episodes: int) -> Evaluation:
+    limit = this.recipe.max_episode_steps
+    return evaluate(agent, env, episodes, max_episode_steps=limit, progress_bar=this.progress_bar)
 
 
 # --- after a stage ------------------------------------------------------------------------------------------------
@@ -452,7 +583,7 @@ def _export(this: Run, stage: Stage, model: DQN, history: History) -> None:
     save_policy(model, folder / "policy.safetensors", provenance)
     env = this.env(stage, recipe.eval_episodes, TEST_SEEDS)
     # What is shared is what is measured: the policy as it comes back from its file.
-    evaluation = evaluate(load_policy(folder / "policy.safetensors", this.device), env, recipe.eval_episodes)
+    evaluation = _evaluate(this, load_policy(folder / "policy.safetensors", this.device), env, recipe.eval_episodes)
     env.close()
     network = spiking_network(model)
     lifs = {} if network is None else network.lif_layers

@@ -21,6 +21,7 @@ from torch import nn
 from snn_rl.dqn.features import ConvExtractor
 from snn_rl.dqn.policy import NumpyState, SpikingDQNPolicy, SpikingQNetwork, check_forwards
 from snn_rl.network import SpikingNetwork
+from snn_rl.progress import one_line
 from snn_rl.weights_file import MAX_TIMESTEPS, check_fits, read_weights, write_weights
 
 FORMAT = "snn_rl-policy-2"
@@ -259,7 +260,3 @@ def _space_from_json(value: dict[str, Any]) -> spaces.Space:
             low, high = (np.broadcast_to(np.asarray(value[key], dtype=dtype), shape) for key in ("low", "high"))
         return spaces.Box(low, high, shape, dtype=dtype.type)
     raise ValueError(f"unknown space {value['type']!r}")
-
-
-def one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

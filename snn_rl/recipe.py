@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from snn_rl.limits import MAX_TIMESTEPS
+from snn_rl.progress import one_line
 
 if TYPE_CHECKING:
     from stable_baselines3.common.vec_env import VecEnv
@@ -16,6 +19,11 @@ if TYPE_CHECKING:
 VALIDATION_SEEDS = 500_000_000
 TEST_SEEDS = 1_000_000_000
 SEEDS_PER_RUN = 1_000
+
+# Longer than any episode that is meant to end: an hour of Atari has 54,000 steps.
+MAX_EPISODE_STEPS = 100_000
+SMOKE_STEPS = 1_024  # of a smoke run's ANN
+SET_BY_RUN = {"num_envs", "seed"}  # arguments of `make_env` that no recipe sets
 
 
 # The comment at or above a field is its help on the command line.
@@ -105,7 +113,7 @@ class Recipe:
     then teaches, by distillation, what the membranes have to remember.
 
     Raises:
-        ValueError: a schedule that does not decrease, or a number out of range.
+        ValueError: a schedule that does not decrease, a number out of range, or a value that JSON does not hold.
     """
 
     name: str
@@ -127,10 +135,14 @@ class Recipe:
     validate_every: int = 5_000  # environment steps between validations
     validation_episodes: int = 20  # episodes per validation
     eval_episodes: int = 20  # episodes that a finished stage plays for the results
-    checkpoint_every: int = 50_000  # environment steps between checkpoints
+    # environment steps between checkpoints, in addition to those that are written every minute; None: only these
+    checkpoint_every: int | None = None
+    # environment steps of the longest episode in validation and evaluation; a longer one stops the training
+    max_episode_steps: int = MAX_EPISODE_STEPS
     cpu_threads: int | None = None  # CPU threads of torch; None: torch decides. Small networks are faster with 1.
 
     def __post_init__(self) -> None:
+        check_plain(self.as_dict())
         check_schedule(self.schedule)
         check_numbers(self, fractions=FRACTIONS, may_be_zero=MAY_BE_ZERO, may_be_negative={"target_return"})
         sizes = [n for convolution in self.network.convolutions for n in convolution]
@@ -140,6 +152,8 @@ class Recipe:
             if size < 1:
                 raise ValueError(f"sizes in network.convolutions and network.net_arch must be >= 1, got {size}")
         for kwargs, prefix in ((self.env_kwargs, "env_kwargs"), (self.ann_env_kwargs, "ann_env_kwargs")):
+            if SET_BY_RUN & kwargs.keys():
+                raise ValueError(f"{prefix} must not hold num_envs or seed, which the run sets, got {kwargs}")
             frames = kwargs.get("frame_stack", 1)
             if not isinstance(frames, int) or frames < 1:
                 raise ValueError(f"{prefix}.frame_stack must be >= 1, got {frames}")
@@ -162,13 +176,6 @@ class Recipe:
             raise ValueError(
                 f"total_snn_steps must be >= {len(self.schedule)}, one for each stage, got {self.total_snn_steps}"
             )
-        window = snn.burn_in + snn.sequence_length + snn.n_steps
-        window += int(self.env_kwargs.get("frame_stack", 1)) - 1
-        if snn.buffer_size < window * self.num_envs:
-            raise ValueError(
-                f"snn.buffer_size must be >= {window * self.num_envs}, a window for each environment, "
-                f"got {snn.buffer_size}"
-            )
         if not 0 < self.snn.percentile <= 100:
             raise ValueError(f"snn.percentile must lie in (0, 100], got {self.snn.percentile}")
         seen, stacked = (int(kwargs.get("frame_stack", 1)) for kwargs in (self.env_kwargs, self.ann_env_kwargs))
@@ -182,6 +189,14 @@ class Recipe:
                 f"snn.burn_in must be >= {frames - 1}, got {self.snn.burn_in}: the ANN that teaches sees {frames} "
                 "frames"
             )
+        least = self._least_replay()
+        for name, number in (
+            ("ann.buffer_size", self.ann.buffer_size),
+            ("snn.buffer_size", snn.buffer_size),
+            ("snn.parent_steps", snn.parent_steps),
+        ):
+            if number < least[name]:
+                raise ValueError(f"{name} must be >= {least[name]}, a window of each environment, got {number}")
         if max(self.num_envs, self.validation_episodes, self.eval_episodes) > SEEDS_PER_RUN:
             raise ValueError(f"num_envs and the numbers of episodes must be <= {SEEDS_PER_RUN}")
         if snn.restart_every and self.num_envs < 2:
@@ -193,25 +208,54 @@ class Recipe:
                     "all environments step together"
                 )
 
-    def build_env(self, num_envs: int, seed: int, **overrides: Any) -> VecEnv:
+    def build_env(self, num_envs: int, seed: int, /, **overrides: Any) -> VecEnv:
         """A monitored ``VecEnv`` of the recipe's environment; ``overrides`` go before ``env_kwargs``.
+
+        Images are channels first, as SB3 transposes them. What the environment raises later on becomes a ValueError of
+        one line, with the original as its ``__cause__``.
 
         Raises:
             ValueError: an argument that the environment does not take, or not with this value; another number of
-                environments.
+                environments; an environment that cannot be built.
         """
         kwargs = {**self.env_kwargs, **overrides}
+        shown = str(kwargs)[:200]
+        if SET_BY_RUN & kwargs.keys():
+            raise ValueError(f"env_kwargs must not hold num_envs or seed, which the caller sets, got {shown}")
+        # here, where torch is needed anyway
+        from stable_baselines3.common.vec_env import VecEnv
+
+        from snn_rl.environments import NamedFailures, transposed, why
+
         try:
             env = self.make_env(num_envs, seed=seed, **kwargs)
+        except ValueError:
+            raise
         except TypeError as error:
-            raise ValueError(f"the environment of {self.name} does not take {kwargs}: {error}") from error
-        from stable_baselines3.common.vec_env import VecEnv  # here, where torch is needed anyway
-
+            reason = one_line(error).removeprefix("TypeError: ")
+            raise ValueError(f"the environment of {self.name} does not take {shown}: {reason}") from error
+        except Exception as error:
+            raise ValueError(f"the environment of {self.name} cannot be built with {shown}: {why(error)}") from error
         if not isinstance(env, VecEnv) or env.num_envs != num_envs:
             if hasattr(env, "close"):
                 env.close()
-            raise ValueError(f"make_env of {self.name} must return a VecEnv of {num_envs} environments, got {env}")
-        return env
+            got = f"{type(env).__name__} of {getattr(env, 'num_envs', 1)}"
+            raise ValueError(f"make_env of {self.name} must return a VecEnv of {num_envs} environments, got a {got}")
+        return NamedFailures(transposed(env), f"the environment of {self.name}")
+
+    def _least_replay(self) -> dict[str, int]:
+        """The least that fields may be so that the replay holds a window of each environment."""
+        seen, stacked = (int(kwargs.get("frame_stack", 1)) for kwargs in (self.env_kwargs, self.ann_env_kwargs))
+        snn = self.snn
+        window = snn.burn_in + snn.sequence_length + snn.n_steps
+        distils = snn.distillation_weight and snn.distillation_updates
+        needs_play = distils or (snn.keep_rates and len(self.schedule) > 1)
+        return {
+            "ann.buffer_size": (max(seen, stacked) + 1)
+            * self.num_envs,  # an observation's frames, and one that follows
+            "snn.buffer_size": (window + seen - 1) * self.num_envs,
+            "snn.parent_steps": (window - 1) * self.num_envs if needs_play else 1,
+        }
 
     def snn_steps(self, timesteps: int) -> int:
         """Environment steps of the stage at ``timesteps``, at most."""
@@ -229,13 +273,20 @@ class Recipe:
     def smoke(self) -> Recipe:
         """The same stages with budgets of seconds: every line runs, nothing is learnt."""
         replace = dataclasses.replace
-        ann = replace(self.ann, env_steps=1_024, learning_starts=256, buffer_size=2_000, exploration_steps=256)
+        least = self._least_replay()
+        ann = replace(
+            self.ann,
+            env_steps=SMOKE_STEPS,
+            learning_starts=256,
+            buffer_size=max(2_000, least["ann.buffer_size"]),
+            exploration_steps=256,
+        )
         snn = replace(
             self.snn,
-            parent_steps=256,
+            parent_steps=max(256, least["snn.parent_steps"]),
             distillation_updates=4,
             env_steps=256,
-            buffer_size=2_000,
+            buffer_size=max(2_000, least["snn.buffer_size"]),
             restart_every=min(self.snn.restart_every, 8),
         )
         return replace(
@@ -249,17 +300,38 @@ class Recipe:
             checkpoint_every=512,
         )
 
+    @staticmethod
+    def is_smoke(config: Mapping[str, Any]) -> bool:
+        """Whether ``config``, as `as_dict` returns it, is that of a `smoke` recipe."""
+        ann = config.get("ann")
+        return isinstance(ann, Mapping) and ann.get("env_steps") == SMOKE_STEPS
+
     def as_dict(self) -> dict[str, Any]:
         """Every field that JSON can hold: all but the function that builds the environment."""
-        config = dataclasses.asdict(dataclasses.replace(self, make_env=_no_env))
+        config = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del config["make_env"]
-        return config
+        inner = {name: dataclasses.asdict(config[name]) for name in ("network", "ann", "snn")}
+        return {**config, **inner}
 
 
 def check_schedule(schedule: Sequence[int]) -> None:
-    """Raises ValueError where ``schedule`` is no decreasing sequence of timesteps."""
+    """Raises ValueError where ``schedule`` is no decreasing sequence of timesteps, or begins with too many."""
     if not schedule or any(t < 1 for t in schedule) or any(b >= a for a, b in itertools.pairwise(schedule)):
         raise ValueError(f"schedule must be decreasing timesteps >= 1, such as 5 4 3 2 1, got {schedule}")
+    if schedule[0] > MAX_TIMESTEPS:
+        raise ValueError(f"timesteps in schedule must be <= {MAX_TIMESTEPS:,}, got {schedule[0]}")
+
+
+def check_plain(value: Any, name: str = "") -> None:
+    """Raises ValueError where ``value``, or one inside it, is not what JSON holds, such as a numpy integer."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            check_plain(inner, f"{name}.{key}" if name else key)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            check_plain(inner, name)
+    elif value is not None and not isinstance(value, bool | int | float | str):
+        raise ValueError(f"{name} must be a plain Python value, got {value!r} ({type(value).__name__}); convert it")
 
 
 def check_numbers(
@@ -300,7 +372,3 @@ MAY_BE_ZERO = {
     "average_updates",
     "restart_every",
 }
-
-
-def _no_env(*_: Any, **__: Any) -> VecEnv:
-    raise ValueError("this recipe is a description and builds no environment")

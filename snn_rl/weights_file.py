@@ -16,8 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from snn_rl.files import atomic
-
-MAX_TIMESTEPS = 2**10  # of a file's network
+from snn_rl.limits import MAX_TIMESTEPS as MAX_TIMESTEPS
 
 
 def write_weights(

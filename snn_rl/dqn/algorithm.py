@@ -615,7 +615,7 @@ class SpikingDQN(DQN):
             actions, state = self._greedy(actor, obs, state, episode_start)
             obs, _, episode_start, _ = self.env.step(self._explore(actions, _exploration_rate(actor)))
 
-    def collect(self, actor: Player, steps: int) -> None:
+    def collect(self, actor: Player, steps: int, callback: MaybeCallback = None) -> None:
         """Store ``steps`` environment steps of another agent's epsilon-greedy play in this agent's replay buffer.
 
         A freshly converted network's own play is worthless as replay; a stage starts from its parent's instead.
@@ -623,7 +623,7 @@ class SpikingDQN(DQN):
         The actor is whatever has the ``predict`` of SB3's algorithms: any of them, a `LoadedPolicy`, a `StackedTeacher`
         or an object of your own (`Player`). It acts with ``deterministic=True``, and this agent replaces its actions by
         random ones at the actor's ``exploration_rate``. Of an actor without that attribute, the rate is 0. The actor
-        gets back the state that it returned, of whatever type.
+        gets back the state that it returned, of whatever type. ``callback`` is called as by SB3's ``learn``.
 
         Raises:
             ValueError: ``steps`` below 1, an agent without environment, something that has no ``predict``, an actor of
@@ -643,10 +643,10 @@ class SpikingDQN(DQN):
         self._last_obs = None  # start from fresh episodes, which are the actor's alone
         self._actor = actor
         try:
-            _, callback = self._setup_learn(steps, reset_num_timesteps=False)
+            _, called = self._setup_learn(steps, callback, reset_num_timesteps=False)
             self.collect_rollouts(
                 self.env,
-                callback,
+                called,
                 TrainFreq(-(-steps // self.n_envs), TrainFrequencyUnit.STEP),
                 self.replay_buffer,
             )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from snn_rl.recipe import check_numbers, check_schedule
+from snn_rl.recipe import check_numbers, check_plain, check_schedule
 
 AUGMENTATIONS = ("none", "crop-flip", "resized-crop-flip")
 OPTIMIZERS = ("sgd", "adam")
@@ -80,6 +81,7 @@ class VisionRecipe:
     cpu_threads: int | None = None  # CPU threads of torch; None: torch decides
 
     def __post_init__(self) -> None:
+        check_plain(self.as_dict())
         check_schedule(self.schedule)
         if not self.width > 0:
             raise ValueError(f"width must be > 0, got {self.width}")
@@ -126,6 +128,11 @@ class VisionRecipe:
             snn=replace(self.snn, epochs=1),
             total_snn_epochs=None,
         )
+
+    @staticmethod
+    def is_smoke(config: Mapping[str, Any]) -> bool:
+        """Whether ``config``, as `as_dict` returns it, is that of a `smoke` recipe."""
+        return config.get("max_images") == SMOKE_IMAGES
 
     def as_dict(self) -> dict[str, Any]:
         """Every field, as JSON holds it."""

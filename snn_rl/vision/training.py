@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -24,6 +24,7 @@ from snn_rl.activity import activity, count_spikes
 from snn_rl.convert import to_spiking
 from snn_rl.files import alone_in, atomic, write_json
 from snn_rl.network import SpikingNetwork
+from snn_rl.progress import bar, show_log
 from snn_rl.prune import prune_timesteps
 from snn_rl.stages import (
     Stage,
@@ -73,6 +74,10 @@ def run(
     ``ann`` is the ``model.safetensors`` of another run's ANN that takes the ANN stage's place: it is evaluated, not
     trained. After ``minutes`` the run stops at the end of an epoch.
 
+    What the run does is logged to ``logging``'s "snn_rl" and shown on stderr, unless the program has set up logging.
+    ``logging.getLogger("snn_rl").setLevel(logging.WARNING)`` turns it off. ``progress_bar`` adds bars with the time
+    left, where tqdm is installed.
+
     Raises:
         ValueError: a directory of another run, a device that is not there, data that cannot be used, an ``ann`` that
             does not fit, a loss that is not finite.
@@ -89,6 +94,8 @@ def run(
         if recipe.batch_size % world:
             raise ValueError(f"batch_size must be a multiple of the {world} processes, got {recipe.batch_size}")
         this = Run(recipe, directory, seed, device, rank, world, progress_bar and rank == 0, deadline)
+        if rank == 0:
+            held.enter_context(show_log())
         this.together(lambda: _check(this, ann, held))
         stages = chain(recipe.schedule, ann)
         if recipe.sparsity:
@@ -107,15 +114,17 @@ def run(
 
 def _check(this: Run, ann: Path | None, held: ExitStack) -> None:
     """Bind the folder to this run, once it is known that the run can begin; its first process holds it."""
-    if this.rank == 0:
-        held.enter_context(alone_in(this.directory))
     if not (this.directory / "run.json").is_file():
         if this.rank:
             raise ValueError(f"{this.directory} must be a folder that all processes share: the first one's is not seen")
         classes = len(this.data.train.classes)
         with torch.device("meta"):  # takes no memory
             build(classes=classes, **this.architecture)
-    claim(this.directory, this.recipe.as_dict(), this.seed, ann, f"the {MODEL} of another run's ANN")
+        if ann is not None:
+            _load_ann(this, ann)
+    if this.rank == 0:
+        held.enter_context(alone_in(this.directory))
+    claim(this.directory, this.recipe, this.seed, ann)
 
 
 # --- one stage ----------------------------------------------------------------------------------------------------
@@ -198,6 +207,8 @@ def _begin(this: Run, stage: Stage) -> nn.Module:
 
 
 def _load_ann(this: Run, path: Path) -> nn.Module:
+    if not path.is_file():
+        raise ValueError(f"no file at {path}; --ann takes the {MODEL} of another run's ANN")
     ann = load_classifier(path, this.device)
     if ann.timesteps is not None:
         raise ValueError(f"{path} holds a spiking network of T = {ann.timesteps}; --ann takes an ANN")
@@ -256,7 +267,10 @@ def _fit(this: Run, stage: Stage, network: nn.Module, history: History) -> None:
     teacher = load_classifier(this.directory / "ann" / MODEL, this.device).network if weight else None
     order = 1_000 * this.seed + (stage.timesteps or 0) + 100 * bool(stage.variant)  # of its own in each stage
     batches = len(this.data.train) // recipe.batch_size
-    with _log(this, folder, history) as writer, _progress(this, stage, epochs * batches, history) as tick:
+    with (
+        _log(this, folder, history) as writer,
+        bar(this.progress_bar, stage.name, epochs * batches, "update", history.updates) as tick,
+    ):
         while history.epochs < epochs and not _is_stuck(config, history):
             started = time.monotonic()
             epoch = history.epochs
@@ -293,7 +307,7 @@ def _fit(this: Run, stage: Stage, network: nn.Module, history: History) -> None:
                     for synapse, mask in masks:
                         synapse.mul_(mask)
                     seen += torch.stack([loss.detach() * len(labels), (logits.argmax(1) == labels).sum()])
-                tick()
+                tick(1)
             loss_mean, accuracy = (this.total(seen) / (batches * recipe.batch_size)).tolist()
             if not math.isfinite(loss_mean):
                 raise ValueError(
@@ -380,18 +394,6 @@ def _write_log(writer: SummaryWriter | None, network: nn.Module, history: Histor
         for name, lif in network.lif_layers.items():
             writer.add_scalar(f"threshold/{name}", lif.threshold.item(), epoch)
             writer.add_scalar(f"leak/{name}", lif.leak.item(), epoch)
-
-
-@contextmanager
-def _progress(this: Run, stage: Stage, updates: int, history: History) -> Iterator[Callable[[], object]]:
-    """A bar with the time left, on a terminal."""
-    if not this.progress_bar:
-        yield lambda: None
-        return
-    from tqdm import tqdm  # of the extra `scripts`
-
-    with tqdm(total=updates, initial=history.updates, desc=stage.name, unit="update") as bar:
-        yield bar.update
 
 
 # --- after a stage ------------------------------------------------------------------------------------------------

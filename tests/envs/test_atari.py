@@ -318,6 +318,10 @@ def test_step_wait_needs_actions() -> None:
         ({"num_envs": 0}, "num_envs must be >= 1, got 0"),
         ({"image_size": 0}, "image_size must be >= 1, got 0"),
         ({"frame_stack": -1}, "frame_stack must be >= 1, got -1"),
+        (
+            {"image_size": 2**12, "frame_stack": 2},
+            r"an observation must have at most 16,777,216 pixels, got frame_stack 2 of image_size 4096",
+        ),
         ({"max_episode_frames": 0}, "max_episode_frames must be >= 1, got 0"),
         ({"sticky": 1.5}, r"sticky must be a probability in \[0, 1\], got 1.5"),
         ({"sticky": float("nan")}, "sticky must be a probability"),

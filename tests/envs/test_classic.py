@@ -126,3 +126,5 @@ def test_stacked_positions_are_the_last_ones_newest_last() -> None:
         np.testing.assert_array_equal(stacked.step(a)[0], np.concatenate(frames[-3:], axis=1))
     with pytest.raises(ValueError, match="frame_stack must be >= 1, got 0"):
         make_cartpole(1, seed=0, frame_stack=0)
+    with pytest.raises(ValueError, match="frame_stack must be <= 1,048,576, got 1048577"):
+        make_cartpole(1, seed=0, frame_stack=2**20 + 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -166,6 +167,41 @@ def test_what_is_no_such_ann_is_refused(recipe: VisionRecipe, undisturbed: Path,
         vision.run(recipe, tmp_path / "d", seed=1, device="cpu", ann=undisturbed / "ann" / "model.safetensors")
     with pytest.raises(ValueError, match=r"no file at nowhere; --ann takes the model.safetensors of another run's ANN"):
         vision.run(recipe, tmp_path / "c", device="cpu", ann=Path("nowhere"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_folder_of_another_run_is_left_alone(recipe: VisionRecipe, undisturbed: Path, tmp_path: Path) -> None:
+    for name in ("results.json", "T1/model.safetensors", "ann/checkpoint.pt"):
+        folder = tmp_path / Path(name).name
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("of somebody else")
+        with pytest.raises(ValueError, match=f"holds {name} but no run.json, .*; use another --run-dir"):
+            vision.run(recipe, folder, device="cpu")
+        assert (folder / name).read_text() == "of somebody else"
+    before = {path: path.read_bytes() for path in undisturbed.rglob("*") if path.is_file()}
+    smoke = dataclasses.replace(recipe.smoke(), dataset=recipe.dataset)
+    for other, seed, message in (
+        (smoke, 1, "it is no smoke run, as this is"),
+        (dataclasses.replace(recipe, batch_size=5), 1, "its seed is 0, not 1"),
+        (dataclasses.replace(recipe, snn=dataclasses.replace(recipe.snn, epochs=7)), 0, "its snn.epochs is 6, not 7"),
+    ):
+        with pytest.raises(ValueError, match=f"belongs to another run: {message}; give the options that began it"):
+            vision.run(other, undisturbed, seed, device="cpu")
+    assert {path: path.read_bytes() for path in undisturbed.rglob("*") if path.is_file()} == before
+
+
+def test_fields_that_a_recipe_has_gained_since_count_as_their_defaults(
+    recipe: VisionRecipe, undisturbed: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "older"
+    shutil.copytree(undisturbed, folder)
+    config = json.loads((folder / "run.json").read_text())
+    del config["recipe"]["sparsity"], config["recipe"]["snn"]["distillation_weight"], config["recipe"]["cpu_threads"]
+    (folder / "run.json").write_text(json.dumps(config))
+    results = json.loads((undisturbed / "results.json").read_text())
+    assert vision.run(recipe, folder, device="cpu") == results
+    with pytest.raises(ValueError, match=r"its sparsity is 0.0, not 0.5"):
+        vision.run(dataclasses.replace(recipe, sparsity=0.5), folder, device="cpu")
 
 
 def test_thresholds_are_calibrated_on_all_classes(
@@ -280,7 +316,8 @@ def test_what_cannot_be_trained_is_named(
 def test_a_call_that_could_not_begin_leaves_the_folder_free(recipe: VisionRecipe, tmp_path: Path) -> None:
     for wrong in ({"dataset": "nowhere"}, {"batch_size": 1_000}, {"image_size": 9}):
         with pytest.raises(ValueError, match=r"nowhere|batch_size|image_size"):
-            vision.run(dataclasses.replace(recipe, **wrong), tmp_path, device="cpu")
+            vision.run(dataclasses.replace(recipe, **wrong), tmp_path / "run", device="cpu")
+        assert not (tmp_path / "run").exists()
     with pytest.raises(vision.OutOfTimeError):
         vision.run(recipe, tmp_path, device="cpu", minutes=0.0)
 
