@@ -354,10 +354,8 @@ def train_classifier(argv: Sequence[str] | None) -> int:
 
 
 def _begin(options: argparse.Namespace) -> dict[str, Any]:
-    """Settings of this process, a word of where the run is kept, and the arguments that every training takes."""
+    """Settings of this process, and the arguments that every training takes."""
     keep_freed_memory()
-    if _is_first():
-        print(f"training into {_run_dir(options)}; watch it with: tensorboard --logdir {_run_dir(options)}", flush=True)
     return {"device": options.device, "ann": options.ann, "progress_bar": sys.stderr.isatty() and _is_first()}
 
 

@@ -68,6 +68,7 @@ def run_stages(
 
     ``head`` stands at the top: recipe, env_id and seed. Where a run has several processes, one of them ``writes``.
     """
+    LOG.info("training into %s; watch it with: tensorboard --logdir %s", directory, directory)
     results: dict[str, Any] = {}
     for stage in stages:
         if (directory / stage.name / "metrics.json").is_file():

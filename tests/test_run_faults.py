@@ -752,8 +752,10 @@ def test_a_run_in_a_program_says_what_it_does(tmp_path: Path) -> None:
     lines = err.splitlines()
     assert lines[0][2] == lines[0][5] == ":"
     said = [line[9:] for line in lines]
-    assert said[0] == "ann begins, from nothing"
-    assert said[1].startswith("ann after 512 steps: ")
+    folder = tmp_path / "run"
+    assert said[0] == f"training into {folder}; watch it with: tensorboard --logdir {folder}"
+    assert said[1] == "ann begins, from nothing"
+    assert said[2].startswith("ann after 512 steps: ")
     assert "T1 begins, from ann" in said
 
 
