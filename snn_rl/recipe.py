@@ -48,8 +48,8 @@ class AnnConfig:
     buffer_size: int = 100_000  # environment steps that the replay buffer holds
     learning_starts: int = 1_000  # steps of random play before training begins
     batch_size: int = 32  # transitions per gradient step
-    train_every: int = 4  # environment steps between trainings
-    gradient_steps: int = 1  # gradient steps per training
+    train_every: int = 8  # environment steps between trainings
+    gradient_steps: int = 2  # gradient steps per training
     n_steps: int = 1  # rewards that an n-step return adds up
     gamma: float = 0.99  # discount factor, also of the spiking stages
     target_update_every: int = 1_000  # environment steps between updates of the target network

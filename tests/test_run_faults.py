@@ -856,3 +856,10 @@ def test_without_tqdm_there_is_no_bar(monkeypatch: pytest.MonkeyPatch, capsys: p
 )
 def test_returns_have_three_digits(value: float, text: str) -> None:
     assert digits(value) == text
+
+
+def test_a_recipe_of_defaults_is_a_recipe() -> None:
+    """A name, an environment and a way to build it are enough."""
+    default = Recipe(name="mine", env_id="CartPole-v1", make_env=lambda num_envs, *, seed: None)
+    for config in (default.ann, default.snn):
+        assert config.train_every % default.num_envs == 0

@@ -104,8 +104,36 @@ def test_layers_keep_their_names() -> None:
     assert {"layer2.0.downsample.0.weight", "layer1.1.conv2.bias", "fc.weight"} <= names
 
 
+def test_a_vgg_with_max_pooling_fires_as_layer_by_layer_arithmetic_says() -> None:
+    """As torchvision builds it. At one micro-step a neuron fires where its current exceeds 1, and pooling is an OR."""
+    torch.manual_seed(1)
+    net = VGG()
+    for index, layer in enumerate(net.features):
+        if isinstance(layer, nn.AvgPool2d):
+            net.features[index] = nn.MaxPool2d(2, 2)
+    x = torch.randn(32, 3, 16, 16)
+    with torch.no_grad():
+        for _ in range(10):
+            net(x)
+    snn = to_spiking(net.eval(), x, 60.0, timesteps=1)
+    assert list(snn.spike_pools) == ["features_3", "features_10"]
+    graph = snn.graph
+    with torch.no_grad():
+        h = x
+        for index, layer in enumerate(net.features):
+            if isinstance(layer, nn.Conv2d):
+                h = (graph.get_submodule(f"features.{index}")(h) > 1).float()
+            elif isinstance(layer, nn.MaxPool2d):
+                h = h.unfold(2, 2, 2).unfold(3, 2, 2).flatten(4).any(-1).float()
+        h = torch.flatten(net.avgpool(h), 1)
+        for name in ("0", "3"):
+            h = (graph.get_submodule(f"classifier.{name}")(h) > 1).float()
+        torch.testing.assert_close(snn(x)[0], graph.get_submodule("classifier.6")(h))
+        assert h.any()
+
+
 def test_what_torchvision_has_and_we_do_not_is_refused_by_name() -> None:
     net = VGG()
-    net.features[3] = nn.MaxPool2d(2)
-    with pytest.raises(ValueError, match=r"'features_3' \(MaxPool2d\): use average pooling"):
+    net.features[2] = nn.Hardswish()
+    with pytest.raises(ValueError, match=r"'features_2' \(Hardswish\): use Linear, Conv"):
         to_spiking(net.eval(), torch.randn(4, 3, 16, 16))
