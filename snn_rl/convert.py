@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.data import DataLoader, Dataset
 
-from snn_rl.graph import first_line, prepare
+from snn_rl.graph import prepare
 from snn_rl.layers import SYNAPSES
 from snn_rl.network import Gain, NetworkGraph, SpikingNetwork, check_timesteps
-from snn_rl.plain import evaluation_copy
+from snn_rl.plain import evaluation_copy, first_line
 from snn_rl.scan import MIN_THRESHOLD
 
 DEFAULT_LEAK = 0.9

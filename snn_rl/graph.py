@@ -33,7 +33,7 @@ from snn_rl.layers import (
 )
 from snn_rl.network import FrameDropout, NetworkGraph
 from snn_rl.neuron import LIF
-from snn_rl.plain import plain_copy
+from snn_rl.plain import first_line, plain_copy
 
 ADDITIONS = (operator.add, operator.iadd, torch.add)
 
@@ -421,8 +421,3 @@ def refusal(net: NetworkGraph, node: fx.Node) -> ValueError:
     if isinstance(module, KNOWN) and kind_of(module) is None:
         way_out = "it computes its output in its own way; use PyTorch's own layer"
     return ValueError(f"cannot convert node {node.name!r} ({what}): {way_out}")
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what an error says."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

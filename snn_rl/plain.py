@@ -62,7 +62,7 @@ def evaluation_copy(ann: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(ann, memo).eval()
     except Exception as error:  # whatever an attribute of the user's own module raises
-        raise ValueError(f"cannot copy {type(ann).__name__}: {type(error).__name__}: {_line(error)}") from error
+        raise ValueError(f"cannot copy {type(ann).__name__}: {type(error).__name__}: {first_line(error)}") from error
 
 
 def _refuse(path: str, module: nn.Module) -> None:
@@ -133,5 +133,6 @@ def _target(hook: Any) -> str:
     return str(hook._tensor_name if isinstance(hook, prune.BasePruningMethod) else hook.name)
 
 
-def _line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of what an error says."""
     return (str(error).splitlines() or [type(error).__name__])[0]
