@@ -186,13 +186,13 @@ class EventDriven:
         """Whether the next frame is to run here: in single precision on the CPU, weights have rested, none watches."""
         if self.network.training:
             return False
-        parameters = [of[name] for of, name in self._owners]
+        parameters = [of.get(name) for of, name in self._owners]
         layout = self._layout
         if layout is not None and not layout.holds(parameters):
             self._layout, self._waited = None, 0
         if self._layout is None:
             self._waited += 1
-            if self._waited <= CALLS_BEFORE_LAYOUT or not all(p is None or _fits(p) for p in parameters):
+            if self._waited <= CALLS_BEFORE_LAYOUT or not all(p is not None and _fits(p) for p in parameters):
                 return False
         return not any(m._forward_hooks or m._forward_pre_hooks for m in self._modules)
 
@@ -314,8 +314,9 @@ class _Layout:
         return not any(_differ(stored, then) for stored, then in self._copied)
 
 
-def _memory(parameter: Tensor | None) -> int:
-    return 0 if parameter is None else parameter.data_ptr()
+def _memory(parameter: Tensor | None) -> tuple[Any, ...]:
+    """Where a parameter is, and in which order."""
+    return () if parameter is None else (parameter.data_ptr(), parameter.shape, parameter.stride())
 
 
 def _in_memory(weight: Tensor) -> np.ndarray:

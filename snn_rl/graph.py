@@ -31,7 +31,7 @@ from snn_rl.layers import (
     is_kind,
     kind_of,
 )
-from snn_rl.network import FrameDropout, NetworkGraph
+from snn_rl.network import FrameDropout, NetworkGraph, module_of, put_module
 from snn_rl.neuron import LIF
 from snn_rl.plain import first_line, plain_copy
 
@@ -39,6 +39,7 @@ ADDITIONS = (operator.add, operator.iadd, torch.add)
 
 MAX_POOLING = "place max pooling right behind a ReLU, or use average pooling or a stride"
 HOLDS_WEIGHTS = "call an nn.Linear or nn.Conv module, which holds its weights"
+SIZES = "sizes other than the batch's are not known here; for global pooling use nn.AdaptiveAvgPool2d(1)"
 WAY_OUT = {
     "MaxPool": MAX_POOLING,
     "max_pool": MAX_POOLING,
@@ -47,8 +48,10 @@ WAY_OUT = {
     "GELU": "train the ANN with ReLU",
     "LSTM": "the membranes are the memory: leave it out",
     "cat": "add the branches instead",
-    "getitem": "sizes other than the batch's are not known here; for global pooling use nn.AdaptiveAvgPool2d(1)",
+    "getitem": SIZES,
 }
+FLAT_NORM = "batch-norm next to a Linear layer needs inputs of shape (batch, features); flatten them first"
+NORM = "batch-norm"  # in the `meta` of a Linear layer's node: the name of the batch-norm that was folded into it
 DEFAULT_WAY_OUT = (
     "use Linear, Conv, BatchNorm, pooling, Flatten, Dropout, ReLU and additions, or keep it outside the network"
 )
@@ -96,11 +99,11 @@ def prepare(ann: nn.Module, *, leak: float, leak_reset: bool) -> tuple[NetworkGr
         raise ValueError("the network has no ReLU, so there is nothing to convert to LIF layers")
     _fold_batch_norm_forward(net)
     nodes.eliminate_dead_code(_is_kept)
-    return NetworkGraph(net, nodes).eval(), lif_nodes  # with the modules alone that are still called
+    return NetworkGraph(net, nodes).eval(), lif_nodes  # this leaves out modules that no node calls any more
 
 
 def _is_kept(node: fx.Node) -> bool:
-    """Of the nodes whose output nothing takes."""
+    """Whether a node stays in the graph although no other node takes its output."""
     return node.op in ("placeholder", "output")
 
 
@@ -127,7 +130,7 @@ def _refuse_overwritten(net: NetworkGraph) -> None:
 
 def _is_in_place(net: NetworkGraph, node: fx.Node) -> bool:
     if node.op == "call_module":
-        return bool(getattr(net.module_of(node), "inplace", False))
+        return bool(getattr(module_of(net, node), "inplace", False))
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     is_named_so = name == "iadd" or (name.endswith("_") and not name.endswith("__"))
     return node.op in ("call_function", "call_method") and (is_named_so or bool(node.kwargs.get("inplace", False)))
@@ -140,7 +143,7 @@ def _may_share_memory(net: NetworkGraph, node: fx.Node) -> bool:
     if _is_in_place(net, node):
         return True
     if node.op == "call_module":
-        return is_kind(net.module_of(node), (nn.Flatten, nn.Identity, *DROPOUTS))
+        return is_kind(module_of(net, node), (nn.Flatten, nn.Identity, *DROPOUTS))
     return node.target in ("view", "reshape", "flatten", "contiguous", torch.flatten, torch.reshape, F.dropout)
 
 
@@ -151,36 +154,41 @@ def _fuse_batch_norm(net: NetworkGraph) -> None:
     """Fold each batch-norm behind a synapse into it."""
     calls = Counter(node.target for node in net.graph.nodes if node.op == "call_module")
     for node in list(net.graph.nodes):
-        norm = net.module_of(node)
+        norm: Any = module_of(net, node)
         if not is_kind(norm, BATCH_NORMS):
             continue
-        assert norm is not None
         if norm.running_mean is None:
             raise ValueError(
                 f"cannot convert node {node.name!r}: batch-norm without running statistics cannot be fused; "
                 "build it with track_running_stats=True"
             )
         source = node.args[0]
-        synapse: Any = net.module_of(source)
+        synapse: Any = module_of(net, source)
         if calls[node.target] > 1:
             raise refusal(net, node)
         if not is_kind(synapse, SYNAPSES) or len(source.users) > 1 or calls[source.target] > 1:
             continue  # perhaps it stands before a synapse
-        fuse: Any = fuse_conv_bn_eval if is_kind(synapse, CONVOLUTIONS) else fuse_linear_bn_eval
-        net.put(str(source.target), fuse(synapse, norm))
+        if is_kind(synapse, CONVOLUTIONS):
+            fused: nn.Module = fuse_conv_bn_eval(synapse, norm)
+        elif synapse.out_features != norm.num_features:
+            raise ValueError(f"cannot convert node {node.name!r}: {FLAT_NORM}")
+        else:
+            fused = fuse_linear_bn_eval(synapse, norm)
+            source.meta[NORM] = node.name
+        put_module(net, str(source.target), fused)
         _drop(node, source)
 
 
 def _fold_batch_norm_forward(net: NetworkGraph) -> None:
     """Fold each batch-norm that is left into the synapse behind it: ``W (a x + c) + b = (W a) x + (W c + b)``."""
     for node in list(net.graph.nodes):
-        norm: Any = net.module_of(node)
+        norm: Any = module_of(net, node)
         if not is_kind(norm, BATCH_NORMS):
             continue
         user, synapse = node, None
         while len(user.users) == 1 and synapse is None:
             (user,) = user.users
-            module = net.module_of(user)
+            module = module_of(net, user)
             if is_kind(module, SYNAPSES):
                 synapse = module
             elif not (isinstance(module, FrameDropout) or _is_flatten(net, user)):
@@ -193,6 +201,8 @@ def _fold_batch_norm_forward(net: NetworkGraph) -> None:
             shift = -norm.running_mean * scale
             shift = shift if norm.bias is None else shift + norm.bias
             _fold_forward(node, synapse, scale, shift)
+        if not is_kind(synapse, CONVOLUTIONS):
+            user.meta[NORM] = node.name
         _drop(node, node.args[0])
 
 
@@ -200,12 +210,14 @@ def _fold_forward(node: fx.Node, synapse: Any, scale: Tensor, shift: Tensor) -> 
     """``scale`` and ``shift`` (channels,) of what enters a synapse, into its weights and its bias."""
     weight, convolves = synapse.weight, is_kind(synapse, CONVOLUTIONS)
     inputs = synapse.in_channels if convolves else synapse.in_features
-    padded = convolves and (isinstance(synapse.padding, str) or any(synapse.padding))
-    if inputs % len(scale) or (padded and shift.any()):
+    padded = convolves and (synapse.padding == "same" if isinstance(synapse.padding, str) else any(synapse.padding))
+    if padded and shift.any():
         raise ValueError(
-            f"cannot convert node {node.name!r}: batch-norm before a layer folds into it only where that layer has no "
-            "padding and takes every channel; place it behind a Linear or Conv layer"
+            f"cannot convert node {node.name!r}: batch-norm in front of a layer folds into it only where the layer has "
+            "no padding; place it behind a Linear or Conv layer"
         )
+    if inputs % len(scale):
+        raise ValueError(f"cannot convert node {node.name!r}: {FLAT_NORM}")
     repeats = inputs // len(scale)  # behind a Flatten, each channel has several inputs
     scale, shift = scale.repeat_interleave(repeats), shift.repeat_interleave(repeats)
     groups = synapse.groups if convolves else 1
@@ -213,7 +225,8 @@ def _fold_forward(node: fx.Node, synapse: Any, scale: Tensor, shift: Tensor) -> 
     grouped = weight.view(groups, weight.shape[0] // groups, inputs // groups, -1)
     shifts = torch.einsum("goik,gi->go", grouped, shift.view(groups, -1)).flatten()
     grouped.mul_(scale.view(groups, 1, -1, 1))
-    synapse.bias = nn.Parameter(shifts if synapse.bias is None else synapse.bias + shifts)
+    bias = shifts if synapse.bias is None else synapse.bias + shifts
+    synapse.bias = nn.Parameter(bias, requires_grad=weight.requires_grad)
 
 
 def _pool_behind_relu(net: NetworkGraph) -> None:
@@ -239,7 +252,7 @@ def _own_max_pool(net: NetworkGraph, node: fx.Node, source: fx.Node) -> None:
     """A max-pooling node with a module of its own, so that the spikes that it lets through can be counted."""
     if _is_behind_spikes(net, source) and not _takes_spikes(net, source):
         raise refusal(net, node)
-    pool: Any = copy.deepcopy(net.module_of(node))
+    pool: Any = copy.deepcopy(module_of(net, node))
     if pool is None:
         kind = MAX_POOLING_FUNCTIONS[node.target]
         sizes = (
@@ -257,7 +270,7 @@ def _own_max_pool(net: NetworkGraph, node: fx.Node, source: fx.Node) -> None:
 
 def _takes_spikes(net: NetworkGraph, node: fx.Node) -> bool:
     """Whether each value on ``node`` is a spike of one LIF layer, or none."""
-    module = net.module_of(node)
+    module = module_of(net, node)
     if isinstance(module, LIF):
         return True
     passes = isinstance(module, FrameDropout) or is_kind(module, MAX_POOLINGS)
@@ -265,7 +278,7 @@ def _takes_spikes(net: NetworkGraph, node: fx.Node) -> bool:
 
 
 def _is_behind_spikes(net: NetworkGraph, node: fx.Node) -> bool:
-    return isinstance(net.module_of(node), LIF) or any(_is_behind_spikes(net, n) for n in node.all_input_nodes)
+    return isinstance(module_of(net, node), LIF) or any(_is_behind_spikes(net, n) for n in node.all_input_nodes)
 
 
 # --- one spelling -------------------------------------------------------------------------------------------------
@@ -285,6 +298,8 @@ def _normalise(net: NetworkGraph, node: fx.Node, seen: dict[str, str]) -> None:
     if source is None:
         raise refusal(net, node)
     others = [arg for arg in node.all_input_nodes if arg is not source]
+    if others and (_is_max_pool(net, node) or node.target in AVERAGE_POOLING_FUNCTIONS):
+        raise ValueError(f"cannot convert node {node.name!r}: {SIZES}")
     if _is_max_pool(net, node):
         return _own_max_pool(net, node, source)
     if node.op == "call_module":
@@ -307,8 +322,7 @@ def _normalise(net: NetworkGraph, node: fx.Node, seen: dict[str, str]) -> None:
             raise ValueError(
                 f"cannot convert node {node.name!r}: dropout that is always on; pass training=self.training"
             )
-        net.add_module(f"{node.name}_frame", FrameDropout(float(p)))  # type: ignore[arg-type]
-        return _call_module(node, f"{node.name}_frame", source)
+        return _call_frame_dropout(net, node, source, float(p))  # type: ignore[arg-type]
     if node.target in AVERAGE_POOLING_FUNCTIONS:
         return None
     if node.target is torch.flatten or name == "flatten":
@@ -333,7 +347,7 @@ def _normalise(net: NetworkGraph, node: fx.Node, seen: dict[str, str]) -> None:
 
 
 def _normalise_module(net: NetworkGraph, node: fx.Node, source: fx.Node, seen: dict[str, str]) -> None:
-    module: Any = net.module_of(node)
+    module: Any = module_of(net, node)
     kind = kind_of(module)
     if kind in SYNAPSES:
         if seen.setdefault(str(node.target), node.name) != node.name:
@@ -351,9 +365,7 @@ def _normalise_module(net: NetworkGraph, node: fx.Node, source: fx.Node, seen: d
     if kind in DROPOUTS:
         if kind is not nn.Dropout:
             raise ValueError(f"cannot convert node {node.name!r} ({type(module).__name__}): use nn.Dropout")
-        name = f"{node.name}_frame"
-        net.add_module(name, FrameDropout(module.p))
-        return _call_module(node, name, source)
+        return _call_frame_dropout(net, node, source, module.p)
     if kind is nn.Identity:
         return _drop(node, source)
     raise refusal(net, node)
@@ -364,17 +376,17 @@ def _is_relu(net: NetworkGraph, node: fx.Node) -> bool:
         return node.target in RELU_FUNCTIONS
     if node.op == "call_method":
         return node.target in ("relu", "relu_")
-    return is_kind(net.module_of(node), (nn.ReLU,))
+    return is_kind(module_of(net, node), (nn.ReLU,))
 
 
 def _is_max_pool(net: NetworkGraph, node: fx.Node) -> bool:
     if node.op == "call_function":
         return node.target in MAX_POOLING_FUNCTIONS
-    return is_kind(net.module_of(node), MAX_POOLINGS)
+    return is_kind(module_of(net, node), MAX_POOLINGS)
 
 
 def _is_flatten(net: NetworkGraph, node: fx.Node) -> bool:
-    return node.target is torch.flatten or is_kind(net.module_of(node), (nn.Flatten,))
+    return node.target is torch.flatten or is_kind(module_of(net, node), (nn.Flatten,))
 
 
 def _is_batch_size(node: fx.Node) -> bool:
@@ -400,6 +412,19 @@ def _free_name(net: NetworkGraph, node: fx.Node, *kinds: type[nn.Module]) -> str
     return name
 
 
+def _call_frame_dropout(net: NetworkGraph, node: fx.Node, source: fx.Node, p: float) -> None:
+    name = unused_name(net, f"{node.name}_frame")
+    net.add_module(name, FrameDropout(p))
+    _call_module(node, name, source)
+
+
+def unused_name(net: NetworkGraph, name: str) -> str:
+    """``name``, or one like it that no module of the network has."""
+    while hasattr(net, name):
+        name += "_"
+    return name
+
+
 def _call_module(node: fx.Node, name: str, source: fx.Node) -> None:
     node.op, node.target, node.args, node.kwargs = "call_module", name, (source,), {}
 
@@ -415,7 +440,7 @@ def _drop(node: fx.Node, source: fx.Node) -> None:
 
 def refusal(net: NetworkGraph, node: fx.Node) -> ValueError:
     """Why ``node`` cannot be converted, by name, and what to use in its place."""
-    module = net.module_of(node)
+    module = module_of(net, node)
     what = getattr(node.target, "__name__", str(node.target)) if module is None else type(module).__name__
     way_out = next((hint for key, hint in WAY_OUT.items() if key in what), DEFAULT_WAY_OUT)
     if isinstance(module, KNOWN) and kind_of(module) is None:

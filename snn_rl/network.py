@@ -37,22 +37,26 @@ class NetworkGraph(nn.Module):
         self.graph = graph
         for node in graph.nodes:
             if node.op == "call_module":
-                self.put(str(node.target), root.get_submodule(str(node.target)))
+                put_module(self, str(node.target), root.get_submodule(str(node.target)))
 
-    def module_of(self, node: Any) -> nn.Module | None:
-        """The module that a node calls; None for other nodes, and for what is no node."""
-        is_call = isinstance(node, fx.Node) and node.op == "call_module"
-        return self.get_submodule(str(node.target)) if is_call else None
 
-    def put(self, path: str, module: nn.Module) -> None:
-        """Place a module at a dotted path, in place of what stands there."""
-        parent: nn.Module = self
-        *above, name = path.split(".")
-        for part in above:
-            if part not in parent._modules:
-                parent.add_module(part, nn.Module())
-            parent = parent.get_submodule(part)
-        parent.add_module(name, module)
+def module_of(net: NetworkGraph, node: Any) -> nn.Module | None:
+    """The module that a node calls. None for any other node, and for a constant."""
+    is_call = isinstance(node, fx.Node) and node.op == "call_module"
+    return net.get_submodule(str(node.target)) if is_call else None
+
+
+def put_module(net: NetworkGraph, path: str, module: nn.Module) -> None:
+    """Place a module at a dotted path, in place of the one that is there. ValueError for a name that is taken."""
+    parent: nn.Module = net
+    *above, name = path.split(".")
+    for part in above:
+        if part not in parent._modules:
+            put_module(parent, part, nn.Module())  # type: ignore[arg-type]
+        parent = parent.get_submodule(part)
+    if name not in parent._modules and hasattr(parent, name):
+        raise ValueError(f"cannot convert a layer of the name {name!r}, which is taken; rename the layer")
+    parent.add_module(name, module)
 
 
 class Gain(nn.Module):
@@ -110,9 +114,9 @@ class SpikingNetwork(nn.Module):
     An observation drives the first synapse at each of the ``timesteps`` micro-steps of its frame (direct encoding),
     and the output is the mean over these micro-steps of a last synapse that neither leaks nor spikes. Synapses are
     stateless, so all micro-steps of all frames are folded into their batch; only LIF layers walk through time.
-    Whatever stands before the first LIF layer is the same at every micro-step and is computed once per frame;
-    whatever stands behind the last one is affine, commutes with the mean, and is computed once per frame too. Only max
-    pooling does not commute with the mean: behind a LIF layer it runs at every micro-step.
+    The layers before the first LIF layer see the same input at every micro-step, so they run once per frame. The layers
+    behind the last LIF layer are affine and commute with the mean, so they run once per frame too. Max pooling does not
+    commute with the mean: behind a LIF layer it runs at every micro-step.
 
     The state is a tuple of membrane carries that the caller keeps. The network itself holds none.
     """

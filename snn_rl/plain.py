@@ -20,12 +20,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 # What PyTorch's older functions leave on a layer: a hook that computes a weight before each call.
 WEIGHT_HOOKS = (WeightNorm, SpectralNorm, prune.BasePruningMethod)
-HOOKS = {
-    "_forward_pre_hooks": "forward pre-hook",
-    "_forward_hooks": "forward hook",
-    "_backward_pre_hooks": "backward pre-hook",
-    "_backward_hooks": "backward hook",
-}
+HOOKS = {"_forward_pre_hooks": "forward pre-hook", "_forward_hooks": "forward hook"}
 # Wrappers by the name of their class: several live in modules that are slow to import.
 WRAPPERS = {
     "DataParallel": "the network inside it, its .module",
@@ -40,8 +35,8 @@ def plain_copy(ann: nn.Module) -> nn.Module:
     """A deep copy of ``ann`` in evaluation mode, with plain and unshared weights; ``ann`` stays as it was.
 
     Raises:
-        ValueError: no module, a wrapper around a network, a scripted network, a layer with a hook, a lazy layer that
-            has not seen an input yet, or a module that cannot be copied.
+        ValueError: no module, a wrapper around a network, a scripted network, a layer with a forward hook, a lazy layer
+            that has not seen an input yet, or a module that cannot be copied.
     """
     if not isinstance(ann, nn.Module):
         raise ValueError(f"the network must be a torch.nn.Module, got {type(ann).__name__}")
@@ -51,6 +46,8 @@ def plain_copy(ann: nn.Module) -> nn.Module:
     # All are read before any is stored: a module may share its parameters with others.
     for module, tensors in [(module, _weights(module)) for module in plain.modules()]:
         _store(module, tensors)
+        module._backward_hooks.clear()  # they watch the ANN's training
+        module._backward_pre_hooks.clear()
     return plain
 
 
@@ -90,7 +87,7 @@ def _weights(module: nn.Module) -> dict[str, Tensor]:
         if parameter is not None:
             tensors[name] = _parameter(parameter, parameter.requires_grad)
     for hook in _weight_hooks(module):
-        hook(module, ())  # the weight that the last call left may be older than its parts
+        hook(module, ())  # the last call may have computed the weight from other parts
         tensors[_target(hook)] = _parameter(getattr(module, _target(hook)), True)
     if parametrize.is_parametrized(module):
         for name, computed in module.parametrizations.items():  # type: ignore[union-attr, operator]

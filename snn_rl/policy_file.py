@@ -87,6 +87,8 @@ def save_policy(model: DQN, path: Path | str, provenance: dict[str, Any]) -> Non
         ValueError: a features extractor, an activation, a space, a Q-network or a provenance that the format cannot
             hold. Nothing is written then.
     """
+    if not isinstance(provenance, dict):
+        raise ValueError(f"provenance must be a dict, got {provenance!r}")
     policy = model.policy
     metadata = {**_description(policy), "provenance": provenance}
     try:
@@ -132,7 +134,7 @@ def _description(policy: DQNPolicy) -> dict[str, Any]:
     try:
         description = json.loads(json.dumps(description, default=_number))
         check_fits(_Description({**description, "provenance": {}}).q_net, policy.q_net.state_dict())
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"the policy cannot be stored in a policy file: {one_line(error)}; keep model.zip") from error
     return description
 
@@ -235,7 +237,7 @@ def _space_to_json(space: spaces.Space) -> dict[str, Any]:
         return {"type": "Discrete", "n": int(space.n)}
     if isinstance(space, spaces.Box):
         low, high = (
-            float(bound.flat[0]) if bound.size and (bound == bound.flat[0]).all() else bound.tolist()
+            bound.flat[0].item() if bound.size and (bound == bound.flat[0]).all() else bound.tolist()
             for bound in (space.low, space.high)
         )
         return {"type": "Box", "low": low, "high": high, "shape": list(space.shape), "dtype": str(space.dtype)}

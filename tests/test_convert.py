@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -445,16 +445,42 @@ def test_pruning_timesteps_goes_through_max_pooling() -> None:
     assert pruned(x)[0].shape == (32, 5)
 
 
+class Between(nn.Module):
+    """Two layers of spikes, and a function of them and of what enters the second in front of the readout."""
+
+    def __init__(self, between: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second, self.between = nn.Conv1d(2, 4, 1), nn.Conv1d(4, 4, 1), between
+        self.last = nn.LazyLinear(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.first(x))
+        return self.last(torch.flatten(self.between(h, self.second(h)), 1))
+
+
 @pytest.mark.parametrize(
-    "forward",
+    "between",
     [
-        lambda m, x: m.fc2(F.max_pool1d((torch.relu(m.fc1(x)) + torch.relu(m.fc2(x)))[None], 2)[0]),
-        lambda m, x: m.fc2(F.max_pool1d(m.fc1(torch.relu(m.fc2(x))), 1)),
+        lambda h, current: F.max_pool1d(h + torch.relu(current), 2),  # of sums
+        lambda h, current: torch.relu(F.avg_pool1d(F.max_pool1d(current, 2), 1)),  # of currents
+        lambda h, current: F.max_pool1d(F.avg_pool1d(h, 2), 2),  # of means
+        lambda h, current: torch.relu(p := F.max_pool1d(current, 2)) + p,  # the ReLU behind it is not alone
     ],
 )
-def test_max_pooling_of_anything_but_spikes_is_refused(forward: object) -> None:
-    with pytest.raises(ValueError, match=r"cannot convert node '(getitem|max_pool1d)'.*"):
-        to_spiking(Forward(forward), torch.randn(6, 4))
+def test_max_pooling_of_anything_but_spikes_is_refused(between: Callable[[Tensor, Tensor], Tensor]) -> None:
+    ann, x = Between(between), torch.randn(6, 2, 8)
+    ann(x)
+    with pytest.raises(ValueError, match=r"cannot convert node 'max_pool1d' .*: place max pooling right behind a ReLU"):
+        to_spiking(ann, x)
+
+
+def test_pooling_by_a_size_of_the_input_is_refused() -> None:
+    ann, x = Between(lambda h, current: F.max_pool1d(h, h.size(0))), torch.randn(2, 2, 8)
+    ann(x)
+    with pytest.raises(
+        ValueError, match=r"cannot convert node 'max_pool1d': sizes other than .* nn\.AdaptiveAvgPool2d"
+    ):
+        to_spiking(ann, x)
 
 
 def test_max_pooling_with_indices_is_refused() -> None:
@@ -493,13 +519,44 @@ def test_batch_norm_in_front_of_the_first_layer_folds_into_it(layers: list[nn.Mo
 def test_batch_norm_in_front_of_padding_is_refused() -> None:
     ann = nn.Sequential(nn.BatchNorm2d(1), nn.Conv2d(1, 2, 3, padding=1), nn.ReLU())
     ann(1 + torch.rand(8, 1, 4, 4))
-    with pytest.raises(ValueError, match=r"cannot convert node '_0': batch-norm before a layer .* no padding"):
+    with pytest.raises(ValueError, match=r"cannot convert node '_0': batch-norm in front of a layer .* no padding"):
         to_spiking(ann, torch.rand(8, 1, 4, 4))
 
 
-def test_batch_norm_over_another_dimension_than_the_layer_is_found_out() -> None:
-    ann = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4), nn.ReLU())  # (batch, 4, 4): channels, then features
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [nn.BatchNorm1d(4), nn.Linear(4, 4)],  # channels, then features
+        [nn.Linear(4, 4), nn.BatchNorm1d(4)],
+        [nn.Linear(4, 6), nn.BatchNorm1d(4)],
+        [nn.BatchNorm1d(4), nn.Linear(8, 4)],
+    ],
+)
+def test_batch_norm_over_another_dimension_than_the_layer_is_refused(layers: list[nn.Module]) -> None:
+    """An offset of all outputs must not hide it."""
+    ann = nn.Sequential(*layers, nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
+    x = torch.randn(64, 4, 8 if layers[-1] is layers[1] and getattr(layers[1], "in_features", 4) == 8 else 4)
     for _ in range(20):
-        ann(torch.randn(64, 4, 4) * torch.tensor([1.0, 2.0, 3.0, 4.0])[:, None] + 1)
-    with pytest.raises(ValueError, match="output differs"):
-        to_spiking(ann, torch.randn(64, 4, 4))
+        ann(x * torch.tensor([1.0, 2.0, 3.0, 4.0])[:, None] + 1)
+    ann[-1].bias.data.add_(1000)
+    with pytest.raises(
+        ValueError, match=r"'_[01]': batch-norm next to a Linear layer needs inputs of shape \(batch, fea"
+    ) as caught:
+        to_spiking(ann, x)
+    assert "\n" not in str(caught.value)
+
+
+def test_batch_norm_in_front_of_valid_padding_folds_and_a_frozen_layer_stays_frozen() -> None:
+    torch.manual_seed(0)
+    ann = nn.Sequential(
+        nn.BatchNorm2d(1), nn.Conv2d(1, 2, 3, padding="valid", bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2)
+    )
+    for _ in range(5):
+        ann(1 + torch.rand(8, 1, 4, 4))
+    x = 1 + torch.rand(32, 1, 4, 4)
+    network = to_spiking(ann.requires_grad_(False), x, 100.0, 1000, leak=1.0).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(network(x)[0], ann.eval()(x), atol=0.01, rtol=0)
+    assert {name for name, p in network.named_parameters() if p.requires_grad} == {
+        f"graph.{name}.{raw}" for name in network.lif_layers for raw in ("raw_threshold", "raw_leak")
+    }

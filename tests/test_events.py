@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stable_baselines3.common.utils import polyak_update
 from torch import Tensor, nn
-from torch.nn.utils import vector_to_parameters
+from torch.nn.utils import parametrizations, prune, vector_to_parameters
 
 from snn_rl import SpikingNetwork, to_spiking
 from snn_rl.events import CALLS_BEFORE_LAYOUT, EventDriven
@@ -237,6 +237,31 @@ def test_linear_layers_behind_convolutions_need_no_copy() -> None:
         with torch.no_grad():
             np.testing.assert_array_equal(events(x)[0], net(x)[0].numpy())
         linear.weight.data.sub_(0.5)
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_another_order_in_the_same_memory_is_seen(kind: str) -> None:
+    make, shape = NETWORKS[kind]
+    net = exact(make(), inputs(8, *shape), 1)
+    events = EventDriven(net)
+    x = inputs(16, *shape)
+    assert settled(events)
+    events(x)
+    weight = events.synapses[1].weight
+    weight.data = weight.data.transpose(0, 1) if kind == "linear" else weight.data.transpose(2, 3)
+    assert not events.ready()
+    with torch.no_grad():
+        if settled(events):
+            np.testing.assert_array_equal(events(x)[0], net(x)[0].numpy())
+
+
+def test_weights_that_are_computed_from_now_on_run_as_layers() -> None:
+    for wrap in (lambda m: prune.l1_unstructured(m, "weight", 0.5), parametrizations.weight_norm):
+        net = exact(mlp(), inputs(8, 4), 1)
+        events = EventDriven(net)
+        assert settled(events)
+        wrap(events.synapses[1])  # type: ignore[no-untyped-call]
+        assert not settled(events)
 
 
 def test_a_network_in_training_runs_as_layers() -> None:

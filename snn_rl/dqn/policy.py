@@ -44,11 +44,10 @@ def check_forwards(policy: DQNPolicy) -> None:
     """
     spiking = isinstance(policy, SpikingDQNPolicy)
     policy_class, network_class = (SpikingDQNPolicy, SpikingQNetwork) if spiking else (DQNPolicy, QNetwork)
-    checked: list[tuple[str, nn.Module, type[nn.Module], tuple[str, ...]]] = [
-        ("policy", policy, policy_class, ("forward", "predict", "_predict", "obs_to_tensor"))
-    ]
-    for q_net in (policy.q_net, policy.q_net_target):
-        checked.append(("Q-network", q_net, network_class, ("forward", "_predict", "extract_features")))
+    checked: tuple[tuple[str, nn.Module, type[nn.Module], tuple[str, ...]], ...] = (
+        ("policy", policy, policy_class, ("forward", "predict", "_predict", "obs_to_tensor")),
+        ("Q-network", policy.q_net, network_class, ("forward", "_predict", "extract_features")),
+    )
     for what, module, base, methods in checked:
         for method in methods:
             if getattr(type(module), method, None) is not getattr(base, method) or method in vars(module):

@@ -88,6 +88,7 @@ class _Export(fx.Interpreter):
 
     def __init__(self, network: SpikingNetwork, nir: Any) -> None:
         super().__init__(network.graph)
+        self.extra_traceback = False  # errors are one line
         self.nir = nir
         self.nodes: dict[str, Any] = {}
         self.edges: list[tuple[str, str]] = []
