@@ -38,7 +38,7 @@ from snn_rl._run import (
 from snn_rl.dead_units import without_dead_units
 from snn_rl.dqn import ConvExtractor, SequenceReplayBuffer, SpikingDQN, SpikingDQNPolicy
 from snn_rl.dqn.replay import frame_stack_of
-from snn_rl.dqn.spaces import check_spaces
+from snn_rl.dqn.spaces import check_spaces, in_one_line
 from snn_rl.dqn.teacher import StackedTeacher, frames_of
 from snn_rl.environments import EnvironmentFailedError
 from snn_rl.evaluation import Evaluation, evaluate, is_monitored, spiking_network
@@ -99,7 +99,7 @@ def run(
     this = Run(recipe, directory, seed, device, progress_bar)
     stages = chain(recipe.schedule, ann)
     head = {"recipe": recipe.name, "env_id": recipe.env_id, "seed": seed}
-    _check(this, stages)
+    seen = _check(this, stages)
     given = None
     if ann is not None and not (directory / stages[0].name / "metrics.json").is_file():
         given = _load_ann(this, stages[0], ann)
@@ -118,12 +118,12 @@ def run(
             ) from error
 
     with show_log(), alone_in(directory, wait):
-        claim(directory, recipe, seed, ann)
+        claim(directory, recipe, seed, ann, seen)
         return run_stages(directory, stages, train, head)
 
 
-def _check(this: Run, stages: Sequence[Stage]) -> None:
-    """What a stage would find out after the one before it has been trained."""
+def _check(this: Run, stages: Sequence[Stage]) -> dict[str, str]:
+    """What a stage would find out after the one before it has been trained; the spaces of its environment."""
     recipe = this.recipe
     for_ann, for_spiking = (this.env(stage, 1, 0) for stage in stages[:2])
     for env in (for_ann, for_spiking):
@@ -141,6 +141,7 @@ def _check(this: Run, stages: Sequence[Stage]) -> None:
         for space in (stacked, seen):
             with torch.device("meta"):  # takes no memory
                 ConvExtractor(space, **_extractor_kwargs(recipe))  # type: ignore[arg-type]
+    return {"observation_space": in_one_line(seen), "action_space": in_one_line(for_spiking.action_space)}
 
 
 def _check_env(name: str, env: VecEnv) -> None:
@@ -417,7 +418,10 @@ def _load_ann(this: Run, stage: Stage, path: Path) -> DQN:
             policy = model.policy
         if isinstance(policy, SpikingDQNPolicy):
             raise ValueError(f"{path} holds a spiking agent; --ann takes an ANN: {ANN_FILES}")
-        check_storable(policy)
+        try:
+            check_storable(policy)
+        except ValueError as error:
+            raise ValueError(f"{path} cannot take the ANN stage's place: {error}") from error
         for name in ("observation_space", "action_space"):
             ours, theirs = getattr(policy, name), getattr(env, name)
             if ours != theirs:
@@ -441,7 +445,9 @@ def _read_zip(path: Path, device: str) -> DQN:
             warnings.simplefilter("ignore")  # of a spiking agent, say, which the caller refuses
             return DQN.load(path, device=device)
     except Exception as error:  # unpickling a foreign file may raise anything
-        raise ValueError(f"{path} is not a readable SB3 DQN: {one_line(error)}") from error
+        raise ValueError(
+            f"{path} is not a readable SB3 DQN: it is damaged, or of another algorithm ({one_line(error)})"
+        ) from error
 
 
 # --- during a stage -----------------------------------------------------------------------------------------------

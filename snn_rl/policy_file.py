@@ -119,8 +119,8 @@ def _description(policy: DQNPolicy) -> dict[str, Any]:
         )
     if policy.activation_fn is not nn.ReLU:
         raise ValueError(
-            f"activation {policy.activation_fn.__name__} cannot be stored in a policy file, which knows ReLU; "
-            "keep model.zip"
+            f"activation {policy.activation_fn.__name__} cannot be stored in a policy file, which knows ReLU; train "
+            "with ReLU, or keep model.zip"
         )
     description = {
         "observation_space": _space_to_json(policy.observation_space),

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,7 +73,7 @@ def run_stages(
     results: dict[str, Any] = {}
     for stage in stages:
         if (directory / stage.name / "metrics.json").is_file():
-            LOG.info("%s stands finished", stage.name)
+            LOG.info("%s is already finished", stage.name)
         else:
             train(stage)
         if writes:
@@ -113,15 +114,22 @@ def check_device(device: str) -> str:
     return device
 
 
-def claim(directory: Path, recipe: Recipe | VisionRecipe, seed: int, ann: Path | None) -> None:
+def claim(
+    directory: Path,
+    recipe: Recipe | VisionRecipe,
+    seed: int,
+    ann: Path | None,
+    spaces: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Bind the directory to this run, or find that it is.
 
-    A field that ``run.json`` lacks counts as its default: the recipe has gained it since.
+    ``spaces`` are those of the environment, which tell its code apart where the recipe's fields do not. A field that
+    ``run.json`` lacks counts as its default: the recipe has gained it since.
 
     Raises:
         ValueError: a directory that holds the work of another run.
     """
-    config = {"recipe": recipe.as_dict(), "seed": seed, "ann": None if ann is None else str(ann.resolve())}
+    config = {"recipe": recipe.as_dict(), "seed": seed, "ann": None if ann is None else str(ann.resolve()), **spaces}
     path, results = directory / "run.json", directory / "results.json"
     stages = (found for pattern in WORK for name in ("ann", "T[0-9]*") for found in directory.glob(f"{name}/{pattern}"))
     work = results if results.is_file() else next(stages, None)
@@ -156,6 +164,9 @@ def _differences(before: Any, now: Mapping[str, Any], recipe: Recipe | VisionRec
         if before.get(key) != now[key]:
             yield f"its {key} is {before.get(key)!r}, not {now[key]!r}"
     yield from _other_fields(theirs, recipe)
+    for key in now.keys() - {"recipe", "seed", "ann"}:
+        if before.get(key, now[key]) != now[key]:  # older runs do not tell
+            yield f"its environment has the {key.replace('_', ' ')} {before[key]}, not {now[key]}"
 
 
 def _other_fields(before: Any, now: Any, prefix: str = "") -> Iterator[str]:

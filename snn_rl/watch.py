@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from stable_baselines3.common.vec_env import VecEnv, VecMonitor, unwrap_vec_wrapper
 from torch import Tensor, nn
 
+from snn_rl.evaluation import is_monitored
 from snn_rl.files import atomic
 from snn_rl.network import SpikingNetwork
 from snn_rl.policy_file import LoadedPolicy
@@ -130,8 +131,13 @@ def _play(policy: LoadedPolicy, env: VecEnv, steps: int) -> Iterator[tuple[np.nd
     """Pictures (height, width, 3) uint8 and rewards, one per environment step."""
     spikes: dict[str, np.ndarray] = {}
     monitor = unwrap_vec_wrapper(env, VecMonitor)
-    if monitor is None:
+    if not is_monitored(env):
         raise ValueError("the environment must be monitored for its score; wrap it in a VecMonitor")
+
+    def played() -> float:
+        """The score of the episode that runs."""
+        return float(sum(env.get_attr("rewards", [0])[0]) if monitor is None else monitor.episode_returns[0])
+
     with ExitStack() as stack:
         if isinstance(policy.network, SpikingNetwork):
             for name, lif in policy.network.lif_layers.items():
@@ -146,7 +152,7 @@ def _play(policy: LoadedPolicy, env: VecEnv, steps: int) -> Iterator[tuple[np.nd
             name = "ANN" if policy.timesteps is None else f"T = {policy.timesteps}"
             title = f"{name}   score {score:g}   action {actions[0]}"
             # the monitor's score is the game's own, whatever the environment clips for learning
-            after = float(infos[0]["episode"]["r"] if start[0] else monitor.episode_returns[0])
+            after = float(infos[0]["episode"]["r"]) if start[0] else played()
             yield draw(image, spikes, title), after - score
             score = 0.0 if start[0] else after
 

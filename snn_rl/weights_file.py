@@ -42,6 +42,8 @@ def read_weights(path: Path, form: str, kind: str, name: str) -> tuple[dict[str,
     """
     if path.is_dir():
         raise ValueError(f"{path} is a folder; a training writes STAGE/{name} in it")
+    if path.suffix == ".zip":
+        raise ValueError(f"{path} is a zip of SB3's, which the scripts do not play; give the {name} beside it")
     if not path.is_file():
         raise ValueError(f"no {kind} file at {path}; a training writes STAGE/{name}")
     try:

@@ -997,6 +997,6 @@ def test_progress_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
         "T1 begins, from ann",
         r"T1 after 4 of 4 updates of distillation: loss \d+\.\d+",
         r"T1 after 256 steps: \d+\.\d{1,2} on validation",
-        "ann stands finished\nT1 begins, from ann",
+        "ann is already finished\nT1 begins, from ann",
     ):
         assert re.search(message, said), message

@@ -248,3 +248,9 @@ def test_loading_leaves_nothing_behind(path: Path) -> None:
     for _ in range(5):
         load_policy(path)
     assert (len(linecache.cache), len(_loader.eval_cache)) == before
+
+
+def test_a_zip_of_sb3_is_told_apart_from_a_damaged_file(agent: SpikingDQN, tmp_path: Path) -> None:
+    agent.save(tmp_path / "model.zip")
+    with pytest.raises(ValueError, match=r"model\.zip is a zip of SB3's.*give the policy\.safetensors beside it"):
+        load_policy(tmp_path / "model.zip")

@@ -7,11 +7,13 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -863,3 +865,22 @@ def test_a_recipe_of_defaults_is_a_recipe() -> None:
     default = Recipe(name="mine", env_id="CartPole-v1", make_env=lambda num_envs, *, seed: None)
     for config in (default.ann, default.snn):
         assert config.train_every % default.num_envs == 0
+
+
+def test_the_folder_of_a_run_in_another_environment_is_refused(whole: Path, tmp_path: Path) -> None:
+    """The recipe's fields are the same: what makes the environment has changed."""
+    shutil.copytree(whole, tmp_path / "run")
+    before = (tmp_path / "run" / "results.json").read_bytes()
+    with pytest.raises(
+        ValueError, match=r"another run: its environment has the observation space Box\(-1.0, 1.0, \(3,\)"
+    ):
+        run(
+            recipe(of(partial(Episode, observation_space=spaces.Box(-1, 1, (4,), np.float32)))),
+            tmp_path / "run",
+            device="cpu",
+        )
+    assert (tmp_path / "run" / "results.json").read_bytes() == before
+    described = json.loads((tmp_path / "run" / "run.json").read_text())
+    del described["observation_space"], described["action_space"]  # as older runs have it
+    (tmp_path / "run" / "run.json").write_text(json.dumps(described))
+    assert len(run(recipe(), tmp_path / "run", device="cpu")["stages"]) == 3

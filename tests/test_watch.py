@@ -104,6 +104,19 @@ def test_a_gif_shows_spikes_that_are_in_one_frame_alone(
     assert milliseconds == 400
 
 
+def test_the_score_is_the_same_by_either_monitor(policy_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of SB3's `make_vec_env`, whose copies are monitored one by one, and of a `VecMonitor` around all."""
+    policy = load_policy(policy_file)
+    scores = []
+    each = make_vec_env("CartPole-v1", 1, seed=3, env_kwargs={"render_mode": "rgb_array"})
+    for env in (each, make_cartpole(1, seed=3, render_mode="rgb_array")):
+        monkeypatch.setattr(watch, "draw", lambda game, spikes, title: title)
+        scores.append([(title, reward) for title, reward in watch._play(policy, env, 60)])
+        env.close()
+    assert scores[0] == scores[1]
+    assert sum(reward for _, reward in scores[0]) >= 59  # 1 for each step, over the ends of episodes
+
+
 @pytest.mark.parametrize("ending", [".gif", ".mp4"])
 def test_a_failure_leaves_the_old_video(
     ending: str, policy_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
