@@ -58,14 +58,14 @@ DEFAULT_WAY_OUT = (
 
 
 class _Tracer(fx.Tracer):
-    """Keeps whole what conversion knows, subclasses too; all else of a user's is followed to its operations."""
+    """Makes one node of each layer that conversion knows. Other modules of a user are followed to their operations."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return kind_of(m) is not None or super().is_leaf_module(m, module_qualified_name)
 
 
 def prepare(ann: nn.Module, *, leak: float, leak_reset: bool) -> tuple[NetworkGraph, list[fx.Node]]:
-    """Trace a copy of ``ann``, bring every node to one spelling, fold batch-norm, put LIF layers for ReLUs.
+    """Trace a copy of ``ann``, bring every node to one spelling, fold batch-norm, replace ReLUs by LIF layers.
 
     Returns the graph and the nodes of its LIF layers. Raises ValueError as `snn_rl.to_spiking` does.
     """
