@@ -268,7 +268,9 @@ def named_environment(name: str, policy: LoadedPolicy, num_envs: int = 1, seed: 
         else:
             make_env = partial(_make_registered, name)
         env = Recipe(name=name, env_id=name, make_env=make_env, num_envs=1).build_env(num_envs, seed, **kwargs)
-    except ValueError:
+    except ValueError as error:
+        if isinstance(error.__cause__, gym.error.UnregisteredEnv) and ":" not in name:
+            raise ValueError(f"{error}; for a function of yours, write MODULE:FUNCTION") from error
         raise
     except Exception as error:  # the module and the environment may raise anything
         raise ValueError(f"the environment {name} cannot be built: {type(error).__name__}: {error}") from error

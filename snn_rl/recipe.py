@@ -233,9 +233,14 @@ class Recipe:
             raise
         except TypeError as error:
             reason = one_line(error).removeprefix("TypeError: ")
+            if not kwargs:
+                raise ValueError(
+                    f"make_env of {self.name} must take (num_envs, *, seed, render_mode=None): {reason}"
+                ) from error
             raise ValueError(f"the environment of {self.name} does not take {shown}: {reason}") from error
         except Exception as error:
-            raise ValueError(f"the environment of {self.name} cannot be built with {shown}: {why(error)}") from error
+            given = f" with {shown}" if kwargs else ""
+            raise ValueError(f"the environment of {self.name} cannot be built{given}: {why(error)}") from error
         if not isinstance(env, VecEnv) or env.num_envs != num_envs:
             if hasattr(env, "close"):
                 env.close()

@@ -884,3 +884,9 @@ def test_the_folder_of_a_run_in_another_environment_is_refused(whole: Path, tmp_
     del described["observation_space"], described["action_space"]  # as older runs have it
     (tmp_path / "run" / "run.json").write_text(json.dumps(described))
     assert len(run(recipe(), tmp_path / "run", device="cpu")["stages"]) == 3
+
+
+def test_a_function_that_is_no_make_env_is_told_what_it_must_take() -> None:
+    wrong = recipe(lambda: None)
+    with pytest.raises(ValueError, match=r"make_env of mine must take \(num_envs, \*, seed, render_mode=None\): "):
+        wrong.build_env(1, 0)

@@ -389,6 +389,7 @@ def test_a_function_gets_the_arguments_that_the_file_names(
         ("own_environment:Nothing-v0", "cannot be built.*: NameNotFound: Environment `Nothing` doesn't exist"),
         ("incomplete_environment:make", "cannot be built: ModuleNotFoundError: No module named 'no_such_package'"),
         ("own_environment:failing", "own_environment:failing cannot be built.*: RuntimeError: no such maze"),
+        ("own_environment.make", "doesn't exist.*; for a function of yours, write MODULE:FUNCTION"),
         ("own_environment:unmonitored", "must be monitored: wrap them in VecMonitor"),
         ("own_environment:single", "make_env of own_environment:single must return a VecEnv of 2 environments, got"),
         ("Acrobot-v1", r"the agent's observation_space is Box\(\[-4.8.*, that of Acrobot-v1 is Box\(\[ ?-1"),
