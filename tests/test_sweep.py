@@ -114,7 +114,7 @@ def test_a_killed_worker_and_runs_that_fail_lose_no_other(workers: None, tmp_pat
     assert [run["run"] for run in gathered["failed"]] == ["cartpole/seed-2", "cartpole/seed-3"]
     foreign, broken = (run["error"] for run in gathered["failed"])
     assert "seed-2 belongs to another run" in foreign
-    assert broken == "the environment of cartpole cannot be built with {}: RuntimeError: no such planet"
+    assert broken == "the environment of cartpole cannot be built: RuntimeError: no such planet"
     assert gathered["missing"] == []
     assert len(said) == 4
     assert json.loads((root / "sweep.json").read_text()) == gathered
