@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 from agents.breakout import BREAKOUT_LITE
 from agents.cartpole import CARTPOLE, CARTPOLE_NO_VELOCITY
 from agents.pong import PONG, PONG_LITE, PONG_SINGLE_FRAME
-from snn_rl.recipe import Recipe
+from snn_rl.runs.recipe import Recipe
 
 if TYPE_CHECKING:
     from stable_baselines3.common.vec_env import VecEnv
 
-    from snn_rl.policy_file import LoadedPolicy
+    from snn_rl.rl.policy_file import LoadedPolicy
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from envs.classic import make_cartpole
-from snn_rl.recipe import AnnConfig, NetworkConfig, Recipe, SnnConfig
+from snn_rl.runs.recipe import AnnConfig, NetworkConfig, Recipe, SnnConfig
 
 CARTPOLE = Recipe(
     name="cartpole",

@@ -6,7 +6,7 @@ import dataclasses
 from functools import partial
 
 from envs.atari import make_atari
-from snn_rl.recipe import AnnConfig, NetworkConfig, Recipe, SnnConfig
+from snn_rl.runs.recipe import AnnConfig, NetworkConfig, Recipe, SnnConfig
 
 # Without sticky actions a greedy agent and the game can return the ball to each other for ever; a game that is played
 # to its end takes about 10,000 frames.

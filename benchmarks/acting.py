@@ -21,7 +21,7 @@ from measure import machine, table
 from stable_baselines3 import DQN
 
 from snn_rl import SpikingDQN, count_spikes
-from snn_rl.export import write_onnx
+from snn_rl.share import write_onnx
 
 RATE = 0.1  # spikes per neuron and micro-step; a trained Pong agent has 0.11 at T5 and 0.09 at T1 (docs/results.md)
 

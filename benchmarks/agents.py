@@ -30,10 +30,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # agents and envs 
 from agents import RECIPES
 from envs.atari import make_atari
 from snn_rl import SpikingDQN
-from snn_rl._run import Run
-from snn_rl.dqn import SequenceReplayBuffer
-from snn_rl.pipeline import new_ann
-from snn_rl.stages import Stage
+from snn_rl.rl import SequenceReplayBuffer
+from snn_rl.runs._run import Run
+from snn_rl.runs.agent import new_ann
+from snn_rl.runs.stages import Stage
 
 ENVS = 8
 

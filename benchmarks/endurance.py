@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # envs are not par
 
 from envs.classic import make_cartpole
 from snn_rl import SpikingDQN
-from snn_rl.memory import keep_freed_memory
-from snn_rl.stages import hardware, versions
+from snn_rl.cli.memory import keep_freed_memory
+from snn_rl.runs.stages import hardware, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = 100

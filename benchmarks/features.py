@@ -255,10 +255,10 @@ as_sb3 = has("rl_zoo3:ALGOS", text="as SB3", note="trains the classes of SB3 and
 def rl_algorithms_of_snn_rl() -> tuple[str, str]:
     from stable_baselines3.common.base_class import BaseAlgorithm
 
-    import snn_rl.dqn
+    import snn_rl.rl
 
-    names = [k.__name__ for k in vars(snn_rl.dqn).values() if isinstance(k, type) and issubclass(k, BaseAlgorithm)]
-    count, evidence = _count(names, "in `snn_rl.dqn`", "subclasses of SB3's BaseAlgorithm")
+    names = [k.__name__ for k in vars(snn_rl.rl).values() if isinstance(k, type) and issubclass(k, BaseAlgorithm)]
+    count, evidence = _count(names, "in `snn_rl.rl`", "subclasses of SB3's BaseAlgorithm")
     return f"{count} spiking (DQN)", evidence
 
 
@@ -278,7 +278,7 @@ def rl_algorithms_of_sb3() -> tuple[str, str]:
 def rl_algorithms_of_zoo() -> tuple[str, str]:
     from rl_zoo3 import ALGOS
 
-    names = [name for name in ALGOS if name != "spiking_dqn"]  # which `snn_rl.zoo.register` may have added
+    names = [name for name in ALGOS if name != "spiking_dqn"]  # which `snn_rl.share.zoo.register` may have added
     count, evidence = _count(names, "in `rl_zoo3.ALGOS`", "its keys")
     return f"{count}; none spiking", evidence
 
@@ -518,12 +518,14 @@ def learnable_sinabs() -> tuple[str, str]:
 
 
 def neurons_here() -> tuple[str, str]:
-    import snn_rl.neuron
+    import snn_rl.core.neuron
 
     names = [
-        k.__name__ for k in vars(snn_rl.neuron).values() if isinstance(k, type) and k.__module__ == "snn_rl.neuron"
+        k.__name__
+        for k in vars(snn_rl.core.neuron).values()
+        if isinstance(k, type) and k.__module__ == "snn_rl.core.neuron"
     ]
-    return _count(names, "neuron", "classes of `snn_rl.neuron`")
+    return _count(names, "neuron", "classes of `snn_rl.core.neuron`")
 
 
 def neurons_spikingjelly() -> tuple[str, str]:
@@ -565,10 +567,10 @@ def neurons_sinabs() -> tuple[str, str]:
 
 
 def surrogates_here() -> tuple[str, str]:
-    import snn_rl.surrogate
+    import snn_rl.core.surrogate
 
-    names = [k.__name__ for k in _autograd_functions(snn_rl.surrogate)]
-    return _count(names, "surrogate", "autograd functions of `snn_rl.surrogate`")
+    names = [k.__name__ for k in _autograd_functions(snn_rl.core.surrogate)]
+    return _count(names, "surrogate", "autograd functions of `snn_rl.core.surrogate`")
 
 
 def surrogates_spikingjelly() -> tuple[str, str]:
@@ -751,9 +753,7 @@ EX = "activation_based/examples"
 NO_AGENTS = r"q.?learning|\bdqn\b|replay_?(buffer|memory)"
 ROWS: dict[str, dict[Library, Probe]] = {
     "Spiking Q-learning agent": {
-        SNN_RL: both(
-            has("snn_rl:SpikingDQN"), by_tests("dqn/test_algorithm.py::test_it_learns_a_task_that_needs_memory")
-        ),
+        SNN_RL: both(has("snn_rl:SpikingDQN"), by_tests("rl/test_dqn.py::test_it_learns_a_task_that_needs_memory")),
         SPIKINGJELLY: defines(
             "spikingjelly",
             f"{EX}/spiking_dqn_state.py:DQSN",
@@ -782,19 +782,17 @@ ROWS: dict[str, dict[Library, Probe]] = {
         ZOO: ran(rl_algorithms_of_zoo),
     },
     "Membranes carried by `predict(observation, state, episode_start)`": {
-        SNN_RL: both(
-            ran(state_in_predict), by_tests("dqn/test_algorithm.py::test_episode_start_clears_only_its_environment")
-        ),
+        SNN_RL: both(ran(state_in_predict), by_tests("rl/test_dqn.py::test_episode_start_clears_only_its_environment")),
         **{library: lacks(library, "episode_start") for library in (SPIKINGJELLY, SNNTORCH, NORSE, SINABS)},
         SB3: ran(lstm_state_in_predict),
         ZOO: both(as_sb3, mentions("rl_zoo3", "enjoy.py", "episode_start=episode_start")),
     },
     "Off-policy replay of sequences with burn-in": {
         SNN_RL: both(
-            has("snn_rl.dqn:SequenceReplayBuffer"),
+            has("snn_rl.rl:SequenceReplayBuffer"),
             by_tests(
-                "dqn/test_replay.py::test_windows_are_what_was_played",
-                "dqn/test_algorithm.py::test_gradients_flow_through_the_trained_frames_only",
+                "rl/test_replay.py::test_windows_are_what_was_played",
+                "rl/test_dqn.py::test_gradients_flow_through_the_trained_frames_only",
             ),
         ),
         SPIKINGJELLY: lacks(SPIKINGJELLY, "burn_?in", note="the examples replay single transitions"),
@@ -806,7 +804,7 @@ ROWS: dict[str, dict[Library, Probe]] = {
     },
     "Several environments at once": {
         SNN_RL: by_tests(
-            "dqn/test_algorithm.py::test_exploration_draws_per_environment_and_never_freezes_the_membranes",
+            "rl/test_dqn.py::test_exploration_draws_per_environment_and_never_freezes_the_membranes",
             "envs/test_classic.py::test_copy_i_is_gymnasiums_game_of_seed_plus_i",
             text="any SB3 VecEnv",
         ),
@@ -850,7 +848,7 @@ ROWS: dict[str, dict[Library, Probe]] = {
         **no_spikes,
     },
     "State as an argument, none hidden": {
-        SNN_RL: both(ran(explicit_here), by_tests("test_network.py::test_a_network_keeps_no_state")),
+        SNN_RL: both(ran(explicit_here), by_tests("core/test_network.py::test_a_network_keeps_no_state")),
         SPIKINGJELLY: ran(hidden_spikingjelly),
         SNNTORCH: ran(hidden_snntorch),
         NORSE: ran(explicit_norse),
@@ -867,7 +865,8 @@ ROWS: dict[str, dict[Library, Probe]] = {
     },
     "ANN to SNN": {
         SNN_RL: both(
-            ran(conversion_here), by_tests("test_convert.py::test_what_cannot_be_converted_is_refused_by_node_name")
+            ran(conversion_here),
+            by_tests("core/test_convert.py::test_what_cannot_be_converted_is_refused_by_node_name"),
         ),
         SPIKINGJELLY: ran(conversion_spikingjelly),
         SNNTORCH: lacks(SNNTORCH, r"ann2snn|ann_?to_?snn|nn\.ReLU|fx\.symbolic_trace"),
@@ -879,8 +878,8 @@ ROWS: dict[str, dict[Library, Probe]] = {
         SNN_RL: both(
             has("snn_rl:prune_timesteps"),
             by_tests(
-                "test_prune.py::test_rates_per_micro_step_stay",
-                "test_pipeline.py::test_the_parents_weights_are_the_childs_start",
+                "core/test_prune.py::test_rates_per_micro_step_stay",
+                "runs/test_agent.py::test_the_parents_weights_are_the_childs_start",
             ),
         ),
         **{library: lacks(library, r"\bprun") for library in (SPIKINGJELLY, SNNTORCH, NORSE, SINABS)},
@@ -888,7 +887,9 @@ ROWS: dict[str, dict[Library, Probe]] = {
     },
     "Fused LIF over time, CPU": {
         SNN_RL: both(
-            has("snn_rl.scan._cpu:cpu_scan"), by_tests("test_scan.py::test_same_as_the_reference"), text="yes: numba"
+            has("snn_rl.core.scan._cpu:cpu_scan"),
+            by_tests("core/test_scan.py::test_same_as_the_reference"),
+            text="yes: numba",
         ),
         SPIKINGJELLY: says("spikingjelly", "CPU uses Torch; CUDA eager prefers compatible native CUDA", text="no"),
         SNNTORCH: both(
@@ -902,8 +903,8 @@ ROWS: dict[str, dict[Library, Probe]] = {
     },
     "Fused LIF over time, CUDA": {
         SNN_RL: both(
-            both(ran(gpu_of_snn_rl), defines("snn_rl", "scan/_cuda.py:cuda_scan")),
-            by_tests("test_scan.py::test_triton_agrees", "test_scan.py::test_triton_kernels_compile"),
+            both(ran(gpu_of_snn_rl), defines("snn_rl", "core/scan/_cuda.py:cuda_scan")),
+            by_tests("core/test_scan.py::test_triton_agrees", "core/test_scan.py::test_triton_kernels_compile"),
         ),
         SPIKINGJELLY: both(
             defines("spikingjelly", "_ops/lif/triton.py:_forward_kernel", "_ops/lif/triton.py:_backward_kernel"),
@@ -926,7 +927,7 @@ ROWS: dict[str, dict[Library, Probe]] = {
     "Spike rates and energy": {
         SNN_RL: both(
             has("snn_rl:activity"),
-            by_tests("test_activity.py::test_operations_and_energy_by_hand"),
+            by_tests("core/test_activity.py::test_operations_and_energy_by_hand"),
             text="rates, operations, energy",
         ),
         SPIKINGJELLY: has(
@@ -942,8 +943,8 @@ ROWS: dict[str, dict[Library, Probe]] = {
     },
     "NIR, out and in": {
         SNN_RL: both(
-            has("snn_rl.export:write_nir", "snn_rl.export:read_nir"),
-            by_tests("export/test_nir.py::test_a_file_comes_back_as_the_network_it_was"),
+            has("snn_rl.share:write_nir", "snn_rl.share:read_nir"),
+            by_tests("share/test_nir.py::test_a_file_comes_back_as_the_network_it_was"),
         ),
         SPIKINGJELLY: has(f"{SJ}.nir_exchange:export_to_nir", f"{SJ}.nir_exchange:import_from_nir"),
         SNNTORCH: has("snntorch.export_nir:export_to_nir", "snntorch.import_nir:import_from_nir"),
@@ -954,8 +955,8 @@ ROWS: dict[str, dict[Library, Probe]] = {
     },
     "ONNX with membranes as inputs and outputs": {
         SNN_RL: both(
-            has("snn_rl.export:write_onnx"),
-            by_tests("export/test_onnx.py::test_inputs_are_named_and_the_batch_is_free"),
+            has("snn_rl.share:write_onnx"),
+            by_tests("share/test_onnx.py::test_inputs_are_named_and_the_batch_is_free"),
         ),
         SPIKINGJELLY: both(ran(onnx_spikingjelly), lacks(SPIKINGJELLY, "onnx")),
         SNNTORCH: ran(onnx_snntorch),
@@ -999,7 +1000,7 @@ ROWS: dict[str, dict[Library, Probe]] = {
     "Agent files that run no code when loaded": {
         SNN_RL: both(
             has("snn_rl:load_policy"),
-            by_tests("test_policy_file.py::test_a_changed_description_is_refused"),
+            by_tests("rl/test_policy_file.py::test_a_changed_description_is_refused"),
             text="yes: safetensors",
         ),
         SPIKINGJELLY: mentions(
@@ -1020,7 +1021,7 @@ ROWS: dict[str, dict[Library, Probe]] = {
         ZOO: lacks(ZOO, "safetensors"),
     },
     "Hugging Face hub": {
-        SNN_RL: both(has("snn_rl.hub:push"), by_tests("test_hub.py::test_what_is_pushed"), text="out"),
+        SNN_RL: both(has("snn_rl.share.hub:push"), by_tests("share/test_hub.py::test_what_is_pushed"), text="out"),
         **{
             library: lacks(library, "huggingface_hub|push_to_hub|from_pretrained.*hub")
             for library in (SPIKINGJELLY, SNNTORCH, NORSE, SINABS)
@@ -1031,7 +1032,7 @@ ROWS: dict[str, dict[Library, Probe]] = {
         ),
     },
     "A killed training goes on from the same command": {
-        SNN_RL: by_tests("test_pipeline.py::test_ten_kills_at_random_moments"),
+        SNN_RL: by_tests("runs/test_agent.py::test_ten_kills_at_random_moments"),
         SPIKINGJELLY: mentions(
             "spikingjelly",
             f"{EX}/classify_dvsg.py",
@@ -1057,7 +1058,7 @@ ROWS: dict[str, dict[Library, Probe]] = {
     "Several GPUs or machines": {
         SNN_RL: by_tests(
             "vision/test_training.py::test_two_processes_train_as_one_does",
-            "test_sweep.py::test_a_killed_worker_and_runs_that_fail_lose_no_other",
+            "cli/test_sweep.py::test_a_killed_worker_and_runs_that_fail_lose_no_other",
             text="sweeps of agents (Ray), data-parallel classifiers",
             note="two processes of one machine under torchrun, two Ray workers of one machine",
         ),

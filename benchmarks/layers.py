@@ -16,7 +16,7 @@ from measure import machine, medians, peak_bytes, table
 from torch import nn
 from variants import NETWORKS, build
 
-from snn_rl.memory import keep_freed_memory
+from snn_rl.cli.memory import keep_freed_memory
 
 
 def training_step(model: nn.Module, x: torch.Tensor) -> Callable[[], None]:

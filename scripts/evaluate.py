@@ -14,13 +14,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository's agents, whatever else is installed
 
 from agents import environment_of
-from snn_rl.cli import DEVICE_HELP, ENV_HELP, STICKY_HELP, Parser, exit_status, named_environment
-from snn_rl.evaluation import evaluate
-from snn_rl.files import write_json
-from snn_rl.pipeline import PROTOCOL
-from snn_rl.policy_file import load_policy
-from snn_rl.recipe import TEST_SEEDS
-from snn_rl.stages import check_device
+from snn_rl.base.files import write_json
+from snn_rl.cli.common import DEVICE_HELP, ENV_HELP, STICKY_HELP, Parser, exit_status, named_environment
+from snn_rl.rl.evaluation import evaluate
+from snn_rl.rl.policy_file import load_policy
+from snn_rl.runs.agent import PROTOCOL
+from snn_rl.runs.recipe import TEST_SEEDS
+from snn_rl.runs.stages import check_device
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,10 +13,10 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
 
-from snn_rl.cli import Parser, exit_status
-from snn_rl.export import write_nir, write_onnx
-from snn_rl.network import SpikingNetwork
-from snn_rl.policy_file import load_policy
+from snn_rl.cli.common import Parser, exit_status
+from snn_rl.core.network import SpikingNetwork
+from snn_rl.rl.policy_file import load_policy
+from snn_rl.share import write_nir, write_onnx
 from snn_rl.vision import load_classifier
 
 ENDINGS = (".nir", ".onnx")

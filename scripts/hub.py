@@ -12,9 +12,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository's agents, whatever else is installed
 
 from agents import environment_of
-from snn_rl.cli import Parser, exit_status
-from snn_rl.hub import NAMES, VIDEO, check_push, export, push
-from snn_rl.pipeline import PROTOCOL
+from snn_rl.cli.common import Parser, exit_status
+from snn_rl.runs.agent import PROTOCOL
+from snn_rl.share.hub import NAMES, VIDEO, check_push, export, push
 
 
 def main(argv: Sequence[str] | None = None) -> int:

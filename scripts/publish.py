@@ -10,13 +10,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this repository's agents, whatever else is installed
 
 from agents import RECIPES, environment_of
-from snn_rl.cli import Parser, exit_status
-from snn_rl.evaluation import Evaluation, evaluate
-from snn_rl.pipeline import PROTOCOL
-from snn_rl.policy_file import LoadedPolicy
-from snn_rl.publish import publish, table_of_contents
-from snn_rl.recipe import SEEDS_PER_RUN, TEST_SEEDS
-from snn_rl.results import load_results
+from snn_rl.cli.common import Parser, exit_status
+from snn_rl.rl.evaluation import Evaluation, evaluate
+from snn_rl.rl.policy_file import LoadedPolicy
+from snn_rl.runs.agent import PROTOCOL
+from snn_rl.runs.recipe import SEEDS_PER_RUN, TEST_SEEDS
+from snn_rl.runs.results import load_results
+from snn_rl.share.publish import publish, table_of_contents
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository's package, whatever else is installed
 
-from snn_rl.cli import Parser, exit_status
-from snn_rl.report import write_report
+from snn_rl.cli.common import Parser, exit_status
+from snn_rl.runs.report import write_report
 
 
 def main(argv: Sequence[str] | None = None) -> int:

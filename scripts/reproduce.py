@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository's package, whatever else is installed
 
-from snn_rl.cli import DEVICE_HELP, MINUTES_HELP, Parser, exit_status, overridden
-from snn_rl.memory import keep_freed_memory
+from snn_rl.cli.common import DEVICE_HELP, MINUTES_HELP, Parser, exit_status, overridden
+from snn_rl.cli.memory import keep_freed_memory
 from snn_rl.vision import VISION_RECIPES, VisionRecipe
 from snn_rl.vision.paper import TABLES, reproduce
 

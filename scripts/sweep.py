@@ -13,8 +13,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository's agents, whatever else is installed
 
 from agents import RECIPES
-from snn_rl.cli import RESUMES, Parser, exit_status
-from snn_rl.sweep import Job, check_installed, cluster, jobs, markdown, sweep
+from snn_rl.cli.common import RESUMES, Parser, exit_status
+from snn_rl.cli.sweep import Job, check_installed, cluster, jobs, markdown, sweep
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository's agents, whatever else is installed
 
 from agents import RECIPES
-from snn_rl.cli import train
+from snn_rl.cli.common import train
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository's package, whatever else is installed
 
-from snn_rl.cli import train_classifier
+from snn_rl.cli.common import train_classifier
 
 
 def main(argv: Sequence[str] | None = None) -> int:

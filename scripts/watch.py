@@ -11,10 +11,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository's agents, whatever else is installed
 
 from agents import environment_of
-from snn_rl.cli import ENV_HELP, STICKY_HELP, Parser, exit_status, named_environment
-from snn_rl.policy_file import load_policy
-from snn_rl.recipe import TEST_SEEDS
-from snn_rl.watch import has_display, record, show
+from snn_rl.cli.common import ENV_HELP, STICKY_HELP, Parser, exit_status, named_environment
+from snn_rl.rl.policy_file import load_policy
+from snn_rl.runs.recipe import TEST_SEEDS
+from snn_rl.share.watch import has_display, record, show
 
 
 def main(argv: Sequence[str] | None = None) -> int:

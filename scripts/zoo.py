@@ -16,10 +16,10 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this repository's packages, whatever else is installed
 
-from snn_rl.cli import Parser, exit_status
-from snn_rl.files import atomic
-from snn_rl.stages import check_device
-from snn_rl.zoo import NAME, register
+from snn_rl.base.files import atomic
+from snn_rl.cli.common import Parser, exit_status
+from snn_rl.runs.stages import check_device
+from snn_rl.share.zoo import NAME, register
 
 HYPERPARAMETERS = ROOT / "agents" / "zoo" / f"{NAME}.yml"
 MODULES = {

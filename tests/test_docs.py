@@ -34,8 +34,8 @@ import torch
 from agents import RECIPES
 from scripts import sweep as sweep_script
 from snn_rl import to_spiking
-from snn_rl.files import write_json
-from snn_rl.sweep import gather, jobs
+from snn_rl.base.files import write_json
+from snn_rl.cli.sweep import gather, jobs
 from snn_rl.vision import Classifier, build, save_classifier
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from agents import environment_of
-from snn_rl.evaluation import evaluate
-from snn_rl.policy_file import load_policy
-from snn_rl.publish import MAX_BYTES, table_of_contents
-from snn_rl.recipe import TEST_SEEDS
+from snn_rl.rl.evaluation import evaluate
+from snn_rl.rl.policy_file import load_policy
+from snn_rl.runs.recipe import TEST_SEEDS
+from snn_rl.share.publish import MAX_BYTES, table_of_contents
 
 FOLDER = Path(__file__).resolve().parents[1] / "agents" / "pretrained"
 PUBLISHED = {path.parent.name: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*/results.json"))}

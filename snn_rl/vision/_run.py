@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from snn_rl.stages import Stage
+from snn_rl.runs.stages import Stage
 from snn_rl.vision.classifier import Classifier
 from snn_rl.vision.data import ImageFiles, Images, channel_statistics, hold_out, load_images
 from snn_rl.vision.recipe import VisionRecipe

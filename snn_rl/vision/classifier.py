@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from snn_rl.convert import spiking_architecture
-from snn_rl.network import SpikingNetwork
+from snn_rl.base.weights_file import MAX_TIMESTEPS, check_fits, read_weights, write_weights
+from snn_rl.core.convert import spiking_architecture
+from snn_rl.core.network import SpikingNetwork
 from snn_rl.vision.data import read_image
 from snn_rl.vision.models import build
-from snn_rl.weights_file import MAX_TIMESTEPS, check_fits, read_weights, write_weights
 
 FORMAT = "snn_rl-classifier-1"
 MAX_IMAGE_SIZE = 2**12  # that a file may ask for before its weights can be compared with it

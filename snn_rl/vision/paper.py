@@ -15,8 +15,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from snn_rl.files import atomic
-from snn_rl.results import load_results
+from snn_rl.base.files import atomic
+from snn_rl.runs.results import load_results
 from snn_rl.vision.recipe import VISION_RECIPES, VisionRecipe
 from snn_rl.vision.training import MODEL, run
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from snn_rl.recipe import check_numbers, check_plain, check_schedule
+from snn_rl.runs.recipe import check_numbers, check_plain, check_schedule
 
 AUGMENTATIONS = ("none", "crop-flip", "resized-crop-flip")
 OPTIMIZERS = ("sgd", "adam")

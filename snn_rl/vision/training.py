@@ -1,4 +1,4 @@
-"""The stages of a classifier: ANN, conversion, temporal pruning. How stages make a run: `snn_rl.stages`.
+"""The stages of a classifier: ANN, conversion, temporal pruning. How stages make a run: `snn_rl.runs.stages`.
 
 A stage is resumed to the epoch. Under ``torchrun`` every process takes its part of each batch, gradients are averaged,
 and the first process alone writes; the run's folder must be one that all of them see.
@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 
-from snn_rl.activity import activity, count_spikes
-from snn_rl.convert import to_spiking
-from snn_rl.files import alone_in, atomic, write_json
-from snn_rl.network import SpikingNetwork
-from snn_rl.progress import bar, show_log
-from snn_rl.prune import prune_timesteps
-from snn_rl.stages import (
+from snn_rl.base.files import alone_in, atomic, write_json
+from snn_rl.base.progress import bar, show_log
+from snn_rl.core.activity import activity, count_spikes
+from snn_rl.core.convert import to_spiking
+from snn_rl.core.network import SpikingNetwork
+from snn_rl.core.prune import prune_timesteps
+from snn_rl.runs.stages import (
     Stage,
     chain,
     check_device,

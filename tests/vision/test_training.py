@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from snn_rl import vision
-from snn_rl.stages import Stage
+from snn_rl.runs.stages import Stage
 from snn_rl.vision import VISION_RECIPES, VisionRecipe, load_classifier, training
 from snn_rl.vision._run import Run
 from snn_rl.vision.paper import reproduce

@@ -1,0 +1,1 @@
+"""Files, limits and progress: what every other part of the package uses."""

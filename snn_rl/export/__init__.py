@@ -1,7 +1,0 @@
-"""Networks in the formats of others: NIR for neuromorphic hardware and simulators, ONNX for deployment."""
-
-from snn_rl.export.nir import from_nir as from_nir
-from snn_rl.export.nir import read_nir as read_nir
-from snn_rl.export.nir import to_nir as to_nir
-from snn_rl.export.nir import write_nir as write_nir
-from snn_rl.export.onnx import write_onnx as write_onnx

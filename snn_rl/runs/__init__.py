@@ -1,0 +1,1 @@
+"""Trainings in stages: recipes, checkpoints, results and their report."""
