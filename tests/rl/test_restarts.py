@@ -227,7 +227,7 @@ def test_only_the_training_of_spiking_stages_restarts(tmp_path: Path, monkeypatc
                 raise Killed
             return method(self, *args, **kwargs)
 
-        monkeypatch.setattr(dqn, name, wrapped)
+        monkeypatch.setattr(algorithm, name, wrapped)
 
     see(SpikingDQN, "collect", kill=False)
     see(SpikingDQN, "learn", kill=True)
