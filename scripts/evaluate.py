@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.clear:
             if policy.timesteps is None:
                 raise ValueError(f"{options.file} holds an ANN, which has no membranes to clear")
-            policy.policy.q_net.persistent = False  # type: ignore[assignment]
+            policy.policy.net.persistent = False
         build = environment_of if options.env is None else partial(named_environment, options.env)
         overrides = {} if options.sticky is None else {"sticky": options.sticky}
         protocol = PROTOCOL + (f", sticky {options.sticky}" if options.sticky else "")

@@ -268,8 +268,7 @@ def _parent(this: Run, stage: Stage, teacher: DQN | StackedTeacher) -> DQN | Sta
     parent = teacher
     if stage.parent != "ann":
         parent = load_model(this, SpikingDQN, this.directory / stage.parent / "model.zip")
-    acting = parent.dqn if isinstance(parent, StackedTeacher) else parent
-    acting.exploration_rate = this.recipe.snn.parent_eps
+    parent.exploration_rate = this.recipe.snn.parent_eps
     return parent
 
 
@@ -320,7 +319,7 @@ def _distill(this: Run, stage: Stage, model: SpikingDQN, checkpoints: Checkpoint
             def learning_rate(remaining: float, done: int = done, piece: int = piece) -> float:
                 return schedule(1 - (done + (1 - remaining) * piece) / updates)
 
-            loss = model.distill(piece, learning_rate, after_update)
+            loss = model.distil(piece, learning_rate, after_update)
             LOG.info("%s after %d of %d updates of distillation: loss %.3f", stage.name, model.distilled, updates, loss)
             checkpoints.write(model, replay=False)
 
