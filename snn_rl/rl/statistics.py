@@ -115,7 +115,7 @@ def read_vecnormalize(path: Path | str, observation_space: spaces.Space) -> Stat
         if statistics is not None:
             statistics.check_space(observation_space)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
     except Exception as error:  # a damaged pickle raises anything
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise ValueError(f"{path} is not a VecNormalize that SB3 saved, or it is damaged ({reason})") from error
@@ -164,7 +164,7 @@ _UNREAD = re.compile(r"(gym|gymnasium)\.spaces(\.\w+)?|numpy\.random(\.\w+)?")
 class _Unpickler(pickle._Unpickler):  # the one in Python: in C, a few bytes can claim gigabytes for the memo
     def find_class(self, module: str, name: str) -> Any:
         if name not in _NAMES.get(module, ()) and not (_UNREAD.fullmatch(module) and name.isidentifier()):
-            raise ValueError(f"it holds {module}.{name}, which no VecNormalize does; it is not read")
+            raise ValueError(f"it holds {ascii(f'{module}.{name}')[:200]}, which no VecNormalize does; it is not read")
         return type(name, (_Inert,), {"name": name})
 
 
