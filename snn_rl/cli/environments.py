@@ -103,7 +103,7 @@ class EnvironmentOf:
         return self._recipes
 
 
-def named_environment(name: str, policy: LoadedPolicy, num_envs: int = 1, seed: int = 0, **kwargs: Any) -> VecEnv:
+def named_environment(name: str, policy: LoadedPolicy, num_envs: int = 1, seed: int = 0, /, **kwargs: Any) -> VecEnv:
     """``num_envs`` copies of the environment ``name``, seeded ``seed, seed + 1, ...``.
 
     ``name`` is a gymnasium id, or the ``MODULE:FUNCTION`` of a recipe's ``make_env``. A function gets the arguments

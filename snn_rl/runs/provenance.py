@@ -39,7 +39,7 @@ def recipe_of(policy: LoadedPolicy, recipes: Mapping[str, Recipe]) -> Recipe:
 
 
 def environment_of(
-    policy: LoadedPolicy, recipes: Mapping[str, Recipe], num_envs: int = 1, seed: int = 0, **overrides: Any
+    policy: LoadedPolicy, recipes: Mapping[str, Recipe], num_envs: int = 1, seed: int = 0, /, **overrides: Any
 ) -> VecEnv:
     """``num_envs`` copies of the environment of ``policy``, seeded ``seed, seed + 1, ...``.
 

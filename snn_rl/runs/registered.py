@@ -76,7 +76,14 @@ def import_or_refuse(name: str, what: str) -> Any:
 
 
 def _make(
-    env_id: str, env_kwargs: Mapping[str, Any], num_envs: int, *, seed: int, render_mode: str | None = None, **more: Any
+    env_id: str,
+    env_kwargs: Mapping[str, Any],
+    /,
+    num_envs: int,
+    *,
+    seed: int,
+    render_mode: str | None = None,
+    **more: Any,
 ) -> VecEnv:
     from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 

@@ -29,7 +29,7 @@ import snn_rl.runs.agent as pipeline
 from agents import RECIPES
 from snn_rl import load_policy
 from snn_rl.base.files import alone_in
-from snn_rl.cli.common import exit_status
+from snn_rl.cli.status import exit_status
 from snn_rl.runs.agent import run
 from snn_rl.runs.recipe import SEEDS_PER_RUN, TEST_SEEDS, VALIDATION_SEEDS, NetworkConfig, Recipe
 
