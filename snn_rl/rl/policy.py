@@ -180,7 +180,12 @@ class AgentPolicy(StatefulPolicy):
             persistent,
             None if statistics is None else Normalizer.of(statistics),
         )
-        self.optimizer = self.optimizer_class(self.net.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+        self.optimizer = self.optimizer_class(self.net.network.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+
+    @property
+    def statistics(self) -> Statistics | None:
+        """By which observations are normalised, None where they are not."""
+        return self.agent_kwargs["statistics"]
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {
@@ -255,7 +260,8 @@ class SpikingQNetwork(StatefulNetwork, QNetwork):  # type: ignore[misc]
         }  # thresholds and leaks are parameters
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = True) -> Tensor:
-        return self.forward(observation)[0].argmax(dim=1)  # type: ignore[arg-type]
+        assert isinstance(observation, Tensor)
+        return StatefulNetwork.forward(self, observation)[0].argmax(dim=1)
 
 
 class SpikingDQNPolicy(StatefulPolicy, DQNPolicy):
