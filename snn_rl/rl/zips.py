@@ -162,6 +162,10 @@ def read_zip(
 # --- the file -----------------------------------------------------------------------------------------------------
 
 
+class _Refusal(ValueError):
+    """What is said of a file here, unlike what a library says of a damaged one."""
+
+
 def _read(path: Path) -> tuple[dict[str, Any], Weights]:
     """The plain ``data`` and the weights of a zip."""
     if not path.is_file():
@@ -169,7 +173,7 @@ def _read(path: Path) -> tuple[dict[str, Any], Weights]:
     try:
         with zipfile.ZipFile(path) as file:
             data, policy = (_member(file, name, most) for name, most in (("data", MAX_DATA), ("policy.pth", MAX_BYTES)))
-    except ValueError:
+    except _Refusal:
         raise
     except Exception as error:  # zlib's, struct's, the operating system's
         raise ValueError(f"it is not a zip, or it is damaged ({type(error).__name__}: {first_line(error)})") from error
@@ -184,10 +188,10 @@ def _read(path: Path) -> tuple[dict[str, Any], Weights]:
 
 def _member(file: zipfile.ZipFile, name: str, most: int) -> bytes:
     if name not in file.namelist():
-        raise ValueError(f"it is not an agent that SB3 saved: there is no {name} in it")
+        raise _Refusal(f"it is not an agent that SB3 saved: there is no {name} in it")
     size = file.getinfo(name).file_size  # more than this is not unpacked
     if size > most:
-        raise ValueError(f"its {name} has {size:,} bytes; at most {most:,} are read")
+        raise _Refusal(f"its {name} has {size:,} bytes; at most {most:,} are read")
     return file.read(name)
 
 
@@ -198,11 +202,11 @@ def _weights(raw: bytes) -> Weights:
             with zipfile.ZipFile(io.BytesIO(raw)) as file:  # PyTorch would unpack whatever it holds
                 unpacked = sum(member.file_size for member in file.infolist())
             if unpacked > MAX_BYTES:
-                raise ValueError(f"its policy.pth unpacks to {unpacked:,} bytes; at most {MAX_BYTES:,} are read")
+                raise _Refusal(f"its policy.pth unpacks to {unpacked:,} bytes; at most {MAX_BYTES:,} are read")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about how older versions of PyTorch stored weights
             state = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
-    except ValueError:
+    except _Refusal:
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {first_line(error)}"

@@ -405,7 +405,8 @@ def test_members_that_are_damaged(tmp_path: Path) -> None:
                 file.writestr(member, original)
 
     weights = members["policy.pth"]
-    for content in (b"", b"\x80\x02", weights[: len(weights) // 2], weights[:40], b"\x80\x02}q\x00."):
+    undecodable = b"\x80\x02X\x01\x00\x00\x00\xff."
+    for content in (b"", b"\x80\x02", weights[: len(weights) // 2], weights[:40], b"\x80\x02}q\x00.", undecodable):
         put("policy.pth", content)
         refused(path, r"its policy\.pth (is damaged, or holds more than weights|must hold named weights)")
     for content in (b"", b"{", b"[" * 100_000, b"\xff\xfe"):
