@@ -23,20 +23,14 @@ RECIPES: dict[str, Recipe] = {
 def environment_of(policy: LoadedPolicy, num_envs: int = 1, seed: int = 0, **overrides: Any) -> VecEnv:
     """The environment that a policy was trained in: ``num_envs`` copies, seeded ``seed, seed + 1, ...``.
 
-    The policy file names the recipe, which builds the environment, and the environment's arguments. ``overrides`` give
-    an argument another value, such as ``sticky=0.25``.
+    The policy file names the recipe, which builds the environment, and the environment's arguments. Where ``RECIPES``
+    has no such recipe, the environment is made by its id, if it is registered in gymnasium. ``overrides`` give an
+    argument another value, such as ``sticky=0.25``.
 
     Raises:
-        ValueError: a recipe that is not in ``RECIPES``, or as `Recipe.build_env`.
+        ValueError: a recipe that is not in ``RECIPES``, of an environment that is not registered; or as
+            `Recipe.build_env`.
     """
-    provenance = policy.metadata["provenance"]
-    name = provenance.get("recipe")
-    if not isinstance(name, str) or name not in RECIPES:
-        raise ValueError(
-            f"the policy file was made by the recipe {name!r}, and there are {', '.join(RECIPES)}; add your recipe to "
-            "RECIPES in agents/__init__.py, or name the environment with --env where the command has this option"
-        )
-    env_kwargs = provenance.get("env_kwargs", {})
-    if not isinstance(env_kwargs, dict):
-        raise ValueError(f"the policy file's env_kwargs must be an object, got {env_kwargs!r}")
-    return RECIPES[name].build_env(num_envs, seed, **{**env_kwargs, **overrides})
+    from snn_rl.runs import provenance  # here: it needs what listing the recipes does not
+
+    return provenance.environment_of(policy, RECIPES, num_envs, seed, **overrides)

@@ -1,7 +1,4 @@
-"""Write an agent as a model repository for the Hugging Face hub: model card, config, results and video.
-
-Without --push-to, nothing is uploaded.
-"""
+"""`snn-rl hub`, with the recipes of this repository."""
 
 from __future__ import annotations
 
@@ -9,50 +6,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository's agents, whatever else is installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository's packages, whatever else is installed
 
-from agents import environment_of
-from snn_rl.cli.common import Parser, exit_status
-from snn_rl.runs.agent import PROTOCOL
-from snn_rl.share.hub import NAMES, VIDEO, check_push, export, push
+from agents import RECIPES
+from snn_rl.cli import hub
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(__doc__)
-    parser.add_argument("file", metavar="FILE", type=Path, help="the agent, a policy.safetensors")
-    parser.add_argument(
-        "folder", metavar="FOLDER", type=Path, help="the folder to write: a new one, or one that this script wrote"
-    )
-    parser.add_argument("--episodes", type=int, default=20, help="number of episodes to play for the results")
-    parser.add_argument("--video-steps", type=int, default=500, metavar="N", help="frames of the video; 0: no video")
-    parser.add_argument(
-        "--push-to",
-        metavar="OWNER/NAME",
-        help="upload the folder to this repository of the hub, with the token in HF_TOKEN (default: no upload)",
-    )
-    options = parser.parse_args(argv)
-
-    def command() -> None:
-        if options.push_to is not None:
-            check_push(options.push_to)  # before minutes of play
-        results = export(
-            options.file,
-            options.folder,
-            environment_of,
-            episodes=options.episodes,
-            video_steps=options.video_steps,
-            protocol=PROTOCOL,
-            repo_id=options.push_to,
-        )
-        written = [name for name in NAMES if (options.folder / name).is_file()]
-        print(f"{options.folder}: {', '.join(written)}")
-        print(f"mean reward {results['mean_reward']:.2f} +/- {results['std_reward']:.2f}")
-        if options.video_steps and VIDEO not in written:
-            print("no video: install imageio and imageio-ffmpeg with pip install -e '.[scripts]'")
-        if options.push_to is not None:
-            print(push(options.folder, options.push_to))
-
-    return exit_status(command)
+    return hub.main(argv, recipes=RECIPES)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this repository's agents, whatever else is installed
 
 from agents import RECIPES, environment_of
-from snn_rl.cli.common import Parser, exit_status
+from snn_rl.cli.parser import Parser
+from snn_rl.cli.status import exit_status
 from snn_rl.rl.evaluation import Evaluation, evaluate
 from snn_rl.rl.policy_file import LoadedPolicy
 from snn_rl.runs.agent import PROTOCOL

@@ -14,8 +14,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository's package, whatever else is installed
 
-from snn_rl.cli.common import DEVICE_HELP, MINUTES_HELP, Parser, exit_status, overridden
 from snn_rl.cli.memory import keep_freed_memory
+from snn_rl.cli.overrides import overridden
+from snn_rl.cli.parser import DEVICE_HELP, MINUTES_HELP, Parser
+from snn_rl.cli.status import exit_status
+from snn_rl.cli.vision import STATUSES
 from snn_rl.vision import VISION_RECIPES, VisionRecipe
 from snn_rl.vision.paper import TABLES, reproduce
 
@@ -55,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         print(out.read_text())
 
-    return exit_status(command)
+    return exit_status(command, statuses=STATUSES)
 
 
 def _recipe(options: argparse.Namespace, overrides: Sequence[str]) -> VisionRecipe | None:

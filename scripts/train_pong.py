@@ -6,14 +6,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository's agents, whatever else is installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository's packages, whatever else is installed
 
 from agents import RECIPES
-from snn_rl.cli.common import train
+from snn_rl.cli import train
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return train(argv, RECIPES, default="pong-lite")
+    return train.main(argv, recipes=RECIPES, default="pong-lite")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this repository's packages, whatever else is installed
 
 from snn_rl.base.files import atomic
-from snn_rl.cli.common import Parser, exit_status
+from snn_rl.cli.parser import Parser
+from snn_rl.cli.status import exit_status
 from snn_rl.runs.stages import check_device
 from snn_rl.share.zoo import NAME, register
 

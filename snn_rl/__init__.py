@@ -1,15 +1,25 @@
 """Spiking reinforcement-learning agents: train an ANN-DQN, convert it, prune its timesteps."""
 
-from snn_rl.core.activity import Activity as Activity
-from snn_rl.core.activity import activity as activity
-from snn_rl.core.activity import count_spikes as count_spikes
-from snn_rl.core.convert import to_spiking as to_spiking
-from snn_rl.core.network import SpikingNetwork as SpikingNetwork
-from snn_rl.core.neuron import LIF as LIF
-from snn_rl.core.prune import prune_timesteps as prune_timesteps
-from snn_rl.rl import SpikingDQN as SpikingDQN
-from snn_rl.rl.dead_units import without_dead_units as without_dead_units
-from snn_rl.rl.policy_file import LoadedPolicy as LoadedPolicy
-from snn_rl.rl.policy_file import load_policy as load_policy
-from snn_rl.rl.policy_file import save_policy as save_policy
-from snn_rl.runs.recipe import Recipe as Recipe
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from snn_rl._public import *  # noqa: F403
+
+
+# The names are imported when one of them is first used: a command that only prints its help needs no torch.
+def __getattr__(name: str) -> Any:
+    if not name.startswith("_") and name in (public := vars(_names())):
+        return public[name]
+    raise AttributeError(f"module 'snn_rl' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *(name for name in vars(_names()) if not name.startswith("_"))})
+
+
+def _names() -> ModuleType:
+    return import_module("snn_rl._public")

@@ -32,10 +32,11 @@ import pytest
 import torch
 
 from agents import RECIPES
-from scripts import sweep as sweep_script
 from snn_rl import to_spiking
 from snn_rl.base.files import write_json
-from snn_rl.cli.sweep import gather, jobs
+from snn_rl.cli import sweep
+from snn_rl.cli.sweeping.jobs import jobs
+from snn_rl.cli.sweeping.table import gather
 from snn_rl.vision import Classifier, build, save_classifier
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -155,7 +156,7 @@ def command(code: str, asked: set[str]) -> None:
             asked.add(code)
             check_options(arguments)
             if arguments[0] == "scripts/sweep.py":  # its recipes, fields and values too
-                sweep_script.runs(sweep_script.parse(arguments[1:]))
+                sweep.runs(sweep.parse(arguments[1:]), RECIPES)
     else:
         assert shutil.which(program, path=str(Path(sys.executable).parent)), f"{program} is not installed"
         for extras in re.findall(r"\.\[([\w,]+)\]", code):

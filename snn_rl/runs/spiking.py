@@ -159,6 +159,6 @@ class Spiking(AgentTraining):
                 def learning_rate(remaining: float, done: int = done, piece: int = piece) -> float:
                     return schedule(1 - (done + (1 - remaining) * piece) / updates)
 
-                loss = model.distill(piece, learning_rate, after_update)
+                loss = model.distil(piece, learning_rate, after_update)
                 LOG.info("%s after %d of %d updates of distillation: loss %.3f", name, model.distilled, updates, loss)
                 checkpoints.write(replay=False)

@@ -13,15 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
-import numpy as np
 import pytest
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor
 
-from agents import RECIPES, environment_of
+from agents import RECIPES
 from scripts import evaluate, report, train_cartpole, train_pong, watch
-from snn_rl import Recipe, SpikingDQN, load_policy, save_policy
-from snn_rl.cli.common import exit_status, named_environment, overridden
+from snn_rl import Recipe
+from snn_rl.cli.overrides import overridden
+from snn_rl.cli.status import exit_status
 from snn_rl.vision import VISION_RECIPES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -174,8 +172,9 @@ def test_help_says_what_each_option_is_for(
         assert said, f"{script}: {invocation} has no help or no default, only {words!r}"
         assert " " in said[1], f"{script}: {invocation} is not explained: {words!r}"
         assert "{None}" in invocation or said[2] != "None", f"{script}: {invocation} has no default in words"
-    for hidden in ("--name", "--env-id", "--make-env", "functools", " at 0x"):
+    for hidden in ("--name", "--make-env", "functools", " at 0x"):
         assert hidden not in text
+    assert ("--env-id" in text) == (script in ("evaluate", "watch"))  # elsewhere it says which recipe it is
 
 
 def test_help_of_a_recipe_lists_all_of_its_fields(
@@ -287,182 +286,3 @@ def test_help_without_streams(script: str, monkeypatch: pytest.MonkeyPatch) -> N
         assert status_of(script, ["--help"]) == 0
         for stream in (sys.stdout, sys.stderr):
             stream.close()
-
-
-# --- environments ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def cartpole_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained agent, whose returns differ from seed to seed, of a recipe that this repository does not have."""
-    path = tmp_path_factory.mktemp("own") / "policy.safetensors"
-    kwargs = {"net_arch": [16], "timesteps": 2}
-    agent = SpikingDQN("MlpPolicy", "CartPole-v1", policy_kwargs=kwargs, buffer_size=100, seed=0, device="cpu")
-    save_policy(agent, path, {"recipe": "mine", "env_id": "CartPole-v1", "env_kwargs": {}, "seed": 0})
-    return path
-
-
-MODULE = """
-import gymnasium as gym
-from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
-
-def make(num_envs, *, seed, render_mode=None, **kwargs):
-    print("made with", kwargs)
-    env = VecMonitor(DummyVecEnv([lambda: gym.make("CartPole-v1", render_mode=render_mode)] * num_envs))
-    env.seed(seed)
-    return env
-
-def unmonitored(num_envs, *, seed, render_mode=None):
-    return make(num_envs, seed=seed).venv
-
-def single(num_envs, *, seed, render_mode=None):
-    return gym.make("CartPole-v1")
-
-def failing(num_envs, *, seed, render_mode=None):
-    raise RuntimeError("no such\\nmaze")
-
-gym.register("Registered-v0", "gymnasium.envs.classic_control:CartPoleEnv", max_episode_steps=500)
-number = 3
-"""
-
-
-@pytest.fixture
-def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The current folder has modules of a user's own."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    (tmp_path / "own_environment.py").write_text(MODULE)
-    (tmp_path / "incomplete_environment.py").write_text("import no_such_package")
-    yield
-    gym.registry.pop("Registered-v0", None)
-    sys.modules.pop("own_environment", None)
-
-
-def returns(path: Path, seeds: range) -> list[float]:
-    """Of one episode per seed, stepped in gymnasium."""
-    policy, env, out = load_policy(path), gym.make("CartPole-v1"), []
-    for seed in seeds:
-        obs, state, start, total, over = env.reset(seed=seed)[0], None, True, 0.0, False
-        while not over:
-            action, state = policy.predict(obs[None], state, np.array([start]))
-            obs, reward, terminated, truncated, _ = env.step(int(action[0]))
-            start, over, total = False, terminated or truncated, total + float(reward)
-        out.append(total)
-    env.close()
-    return out
-
-
-@pytest.mark.parametrize("name", ["CartPole-v1", "own_environment:make", "own_environment:Registered-v0"])
-def test_evaluate_in_an_environment_of_ones_own(
-    name: str, cartpole_file: Path, own_module: None, tmp_path: Path
-) -> None:
-    out = tmp_path / "out.json"
-    arguments = [str(cartpole_file), "--env", name, "--episodes", "5", "--seed", "7", "--json", str(out)]
-    assert evaluate.main([*arguments, "--device", "cpu"]) == 0
-    played = json.loads(out.read_text())["eval"]
-    wanted = returns(cartpole_file, range(7, 12))
-    assert len(set(wanted)) > 1
-    assert sorted(played["returns"]) == sorted(wanted)
-    assert played["protocol"].endswith(f", in {name}")
-
-
-def test_a_function_gets_the_arguments_that_the_file_names(
-    own_module: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    agent = SpikingDQN("MlpPolicy", "CartPole-v1", buffer_size=100, device="cpu")
-    save_policy(agent, tmp_path / "agent", {"recipe": "mine", "env_kwargs": {"size": 3, "walls": True}})
-    policy = load_policy(tmp_path / "agent")
-    named_environment("own_environment:make", policy, 2, seed=5, size=4).close()
-    assert capsys.readouterr().out == "made with {'size': 4, 'walls': True}\n"
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("CartPol-v1", "CartPol-v1 cannot be built.*: NameNotFound: Environment `CartPol` doesn't exist"),
-        ("Nowhere/Maze-v0", "Nowhere/Maze-v0 cannot be built.*: NamespaceNotFound: Namespace Nowhere not found"),
-        ("", "cannot be built.*: Error: Malformed environment ID"),
-        ("no_such_module:make", "no module 'no_such_module' in "),
-        ("own_environment.py:make", "no module 'own_environment.py' in "),
-        ("own_environment:mak", "own_environment.py has no function 'mak'"),
-        ("own_environment:number", "own_environment.py has no function 'number'"),
-        ("own_environment:Nothing-v0", "cannot be built.*: NameNotFound: Environment `Nothing` doesn't exist"),
-        ("incomplete_environment:make", "cannot be built: ModuleNotFoundError: No module named 'no_such_package'"),
-        ("own_environment:failing", "own_environment:failing cannot be built.*: RuntimeError: no such maze"),
-        ("own_environment.make", "doesn't exist.*; for a function of yours, write MODULE:FUNCTION"),
-        ("own_environment:unmonitored", "must be monitored: wrap them in VecMonitor"),
-        ("own_environment:single", "make_env of own_environment:single must return a VecEnv of 2 environments, got"),
-        ("Acrobot-v1", r"the agent's observation_space is Box\(\[-4.8.*, that of Acrobot-v1 is Box\(\[ ?-1"),
-        ("MountainCar-v0", "build the environment with the wrappers of the training, in a function"),
-        ("ALE/Pong-v5", r"that of ALE/Pong-v5 is Box\(0, 255, \(.*, uint8\); build"),
-    ],
-)
-def test_an_environment_that_cannot_be_is_one_line_and_status_2(
-    name: str, message: str, cartpole_file: Path, own_module: None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert evaluate.main([str(cartpole_file), "--env", name, "--episodes", "2", "--device", "cpu"]) == 2
-    error = capsys.readouterr().err
-    assert re.match(f"error: .*{message}", error)
-    assert error.count("\n") == 1
-
-
-def test_an_environment_whose_package_is_missing(
-    cartpole_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def make(*_: Any, **__: Any) -> None:
-        raise gym.error.DependencyNotInstalled('Box2D is not installed, run `pip install "gymnasium[box2d]"`')
-
-    monkeypatch.setattr(gym, "make", make)
-    assert evaluate.main([str(cartpole_file), "--env", "LunarLander-v3", "--device", "cpu"]) == 2
-    assert re.fullmatch(
-        "error: .*LunarLander-v3 cannot be built.*: DependencyNotInstalled: Box2D is not installed, run `pip .*\n",
-        capsys.readouterr().err,
-    )
-
-
-class Camera(gym.Env):
-    """Images as cameras give them, channels last."""
-
-    observation_space = gym.spaces.Box(0, 255, (36, 40, 3), np.uint8)
-    action_space = gym.spaces.Discrete(2)
-
-    def __init__(self, render_mode: str | None = None) -> None:
-        self.render_mode = render_mode
-
-    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict[str, Any]]:
-        super().reset(seed=seed)
-        return self.observation_space.sample(), {}
-
-    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        return self.observation_space.sample(), 1.0, True, False, {}
-
-
-def test_images_with_channels_last_are_transposed_as_in_training(tmp_path: Path) -> None:
-    agent = SpikingDQN("CnnPolicy", Camera(), buffer_size=100, device="cpu")
-    save_policy(agent, tmp_path / "agent", {})
-    gym.register("Camera-v0", Camera)
-    try:
-        env = named_environment("Camera-v0", load_policy(tmp_path / "agent"), 2)
-    finally:
-        del gym.registry["Camera-v0"]
-    assert env.reset().shape == (2, 3, 36, 40)
-    env.close()
-
-
-def test_the_environment_of_a_policy(tmp_path: Path) -> None:
-    agent = SpikingDQN("MlpPolicy", "CartPole-v1", buffer_size=100, device="cpu")
-
-    def environment(provenance: dict[str, Any], **overrides: Any) -> VecEnv:
-        save_policy(agent, tmp_path / "agent", provenance)
-        return environment_of(load_policy(tmp_path / "agent"), 2, 5, **overrides)
-
-    ours = environment({"recipe": "cartpole", "env_kwargs": {}})
-    theirs = VecMonitor(DummyVecEnv([lambda: gym.make("CartPole-v1")] * 2))
-    theirs.seed(5)
-    np.testing.assert_array_equal(ours.reset(), theirs.reset())  # type: ignore[arg-type]
-    assert environment({"recipe": "cartpole", "env_kwargs": {"velocities": False}}).observation_space.shape == (2,)
-    assert environment({"recipe": "cartpole", "env_kwargs": {}}, velocities=False).observation_space.shape == (2,)
-    with pytest.raises(ValueError, match=r"recipe 'mine', and there are breakout-lite, .*; add your recipe to RECIPES"):
-        environment({"recipe": "mine"})
-    with pytest.raises(ValueError, match=r"env_kwargs must be an object, got \[1\]"):
-        environment({"recipe": "cartpole", "env_kwargs": [1]})

@@ -20,12 +20,14 @@ import pytest
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import snn_rl.cli.sweep as module
+import snn_rl.cli.sweeping.cluster as module
 from agents import RECIPES
 from envs.classic import make_cartpole
 from scripts import sweep as script
 from snn_rl.base.files import alone_in, write_json
-from snn_rl.cli.sweep import Job, cluster, gather, jobs, markdown, summary, sweep
+from snn_rl.cli.sweeping.cluster import cluster, sweep
+from snn_rl.cli.sweeping.jobs import Job, jobs
+from snn_rl.cli.sweeping.table import gather, markdown, summary
 from snn_rl.runs.recipe import SEEDS_PER_RUN, Recipe
 
 ray = pytest.importorskip("ray")
@@ -380,4 +382,4 @@ def test_a_missing_package_is_named(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, package, None)
     assert script.main(["cartpole"]) == 2
-    assert capsys.readouterr().err == f"error: a sweep needs {package}: pip install -e '.[sweep]'\n"
+    assert capsys.readouterr().err == f"error: this command needs {package}: pip install 'snn_rl[sweep]'\n"

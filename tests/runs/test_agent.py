@@ -28,7 +28,7 @@ import snn_rl.runs._run as agent_run
 from agents import RECIPES
 from snn_rl import SpikingDQN, load_policy
 from snn_rl.base.files import alone_in
-from snn_rl.cli.common import exit_status
+from snn_rl.cli.status import exit_status
 from snn_rl.runs import agent_training, life, task
 from snn_rl.runs import ann as ann_stage
 from snn_rl.runs.agent import run

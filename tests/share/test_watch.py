@@ -13,7 +13,6 @@ from stable_baselines3.common.env_util import make_vec_env
 
 import snn_rl.share.watch as watch
 from envs.classic import make_cartpole
-from scripts import watch as script
 from scripts.watch import main
 from snn_rl import SpikingDQN, save_policy
 from snn_rl.base.weights_file import write_weights
@@ -149,7 +148,7 @@ def test_a_window_shows_the_pictures(
 ) -> None:
     pygame = pytest.importorskip("pygame")
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
-    monkeypatch.setattr(script, "has_display", lambda: True)
+    monkeypatch.setattr(watch, "has_display", lambda: True)
     shown, drawn = [], []
     flip = pygame.display.flip
 
@@ -182,7 +181,7 @@ def test_without_a_display_the_video_is_a_file(
     policy_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(script, "has_display", lambda: False)
+    monkeypatch.setattr(watch, "has_display", lambda: False)
     assert main([str(policy_file), "--steps", "2"]) == 0
     assert (tmp_path / "watch.gif").is_file()
     assert "watch.gif: 2 steps" in capsys.readouterr().out
@@ -221,7 +220,7 @@ def test_an_agent_of_ones_own_is_watched_in_the_environment_that_is_named(
     write_weights(file, policy.policy.q_net, FORMAT, {**policy.metadata, "provenance": {"recipe": "mine"}})
     assert main([str(file), "--video", str(video)]) == 2
     assert "made by the recipe 'mine'" in capsys.readouterr().err
-    assert main([str(file), "--video", str(video), "--env", "CartPole-v1", "--steps", "4"]) == 0
+    assert main([str(file), "--video", str(video), "--env-id", "CartPole-v1", "--steps", "4"]) == 0
     assert f"{video}: 4 steps, score 4" in capsys.readouterr().out
-    assert main([str(file), "--video", str(video), "--env", "Acrobot-v1"]) == 2
+    assert main([str(file), "--video", str(video), "--env-id", "Acrobot-v1"]) == 2
     assert "that of Acrobot-v1 is Box" in capsys.readouterr().err
