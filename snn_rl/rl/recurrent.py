@@ -25,6 +25,7 @@ from snn_rl.core.network import SpikingNetwork, State
 from snn_rl.rl.captured import CapturedGradient, gradient
 from snn_rl.rl.network import StatefulNetwork
 from snn_rl.rl.policy import StatefulPolicy
+from snn_rl.rl.policy_file import save_policy
 from snn_rl.rl.replay import SequenceReplayBuffer, Windows, frame_stack_of
 from snn_rl.rl.spaces import in_one_line
 from snn_rl.rl.teacher import Player, Teacher, named, teacher_of
@@ -418,6 +419,13 @@ class RecurrentLearner(OffPolicyAlgorithm):
         if kwargs.get("seed") is not None:
             kwargs["_exploration"] = None  # SB3 sets attributes of `kwargs` in place of those saved
         return super().load(*args, **kwargs)
+
+    def save(self, path: Any, *args: Any, **kwargs: Any) -> None:
+        """SB3's zip, to train on; or where ``path`` ends in ``.safetensors`` the policy file, to share and run."""
+        if str(path).endswith(".safetensors"):
+            save_policy(self, path, {})
+        else:
+            super().save(path, *args, **kwargs)
 
     def _excluded_save_params(self) -> list[str]:
         own = ["_teacher", "_teacher_state", "_next_teacher_state", "_actor", "_captured", "_labels"]

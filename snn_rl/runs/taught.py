@@ -24,6 +24,44 @@ LOG = logging.getLogger(__name__)
 DISTILLATION_PIECES = 20
 
 
+def student_options(config: SnnConfig, num_envs: int) -> dict[str, Any]:
+    """The arguments of a `Student` that learns as ``config`` says in ``num_envs`` environments."""
+    return {
+        "learning_rate": LinearSchedule(config.play_learning_rate, config.play_learning_rate / 20, 1.0),
+        "buffer_size": config.buffer_size,
+        "batch_size": config.batch_size,
+        "train_freq": max(1, config.train_every // num_envs),
+        "gradient_steps": config.gradient_steps,
+        "exploration_rate": config.exploration_eps,
+        "max_grad_norm": config.max_grad_norm,
+        "sequence_length": config.sequence_length,
+        "burn_in": config.burn_in,
+        "spike_weight": config.spike_weight,
+    }
+
+
+def convert(
+    ann: Any,
+    env: VecEnv,
+    timesteps: int,
+    config: SnnConfig,
+    options: dict[str, Any],
+    algorithm: type[RecurrentLearner] = Student,
+) -> Any:
+    """The first spiking stage's agent, of an ``ann``, as ``config`` says."""
+    return algorithm.from_ann(  # type: ignore[attr-defined]
+        ann,
+        env,
+        timesteps,
+        percentile=config.percentile,
+        leak=config.leak,
+        leak_reset=config.leak_reset,
+        persistent=config.persistent,
+        policy_kwargs={"optimizer_kwargs": adam(config)},
+        **options,
+    )
+
+
 class Taught(AgentTraining):
     """Distilled from the teacher, on its parent's play first and then on its own: an ordinary or a spiking network."""
 
@@ -65,17 +103,7 @@ class Taught(AgentTraining):
         if isinstance(parent, RecurrentLearner) and parent.timesteps is not None:
             model = self.algorithm.from_parent(parent, env, timesteps, **self._options())  # type: ignore[attr-defined]
         else:
-            model = self.algorithm.from_ann(  # type: ignore[attr-defined]
-                self._source(parent),
-                env,
-                timesteps,
-                percentile=config.percentile,
-                leak=config.leak,
-                leak_reset=config.leak_reset,
-                persistent=config.persistent,
-                policy_kwargs={"optimizer_kwargs": adam(config)},
-                **self._options(),
-            )
+            model = convert(self._source(parent), env, timesteps, config, self._options(), self.algorithm)
         model.teacher = teacher
         return model
 
@@ -84,21 +112,9 @@ class Taught(AgentTraining):
         return parent
 
     def _options(self) -> dict[str, Any]:
-        run, config = self.run, self.config
-        return {
-            "learning_rate": LinearSchedule(config.play_learning_rate, config.play_learning_rate / 20, 1.0),
-            "buffer_size": config.buffer_size,
-            "batch_size": config.batch_size,
-            "train_freq": config.train_every // run.recipe.num_envs,
-            "gradient_steps": config.gradient_steps,
-            "exploration_rate": config.exploration_eps,
-            "max_grad_norm": config.max_grad_norm,
-            "sequence_length": config.sequence_length,
-            "burn_in": config.burn_in,
-            "spike_weight": config.spike_weight,
-            "seed": run.first_seed,
-            "device": run.device,
-        }
+        run = self.run
+        options = student_options(self.config, run.recipe.num_envs)
+        return {**options, "seed": run.first_seed, "device": run.device}
 
     def resumed(self, env: VecEnv) -> None:
         self.model.teacher = self.run.teacher(env)

@@ -29,7 +29,7 @@ from agents import RECIPES
 from snn_rl import SpikingDQN, load_policy
 from snn_rl.base.files import alone_in
 from snn_rl.cli.status import exit_status
-from snn_rl.runs import agent_training, life
+from snn_rl.runs import agent_training, life, task
 from snn_rl.runs import ann as ann_stage
 from snn_rl.runs.agent import run
 from snn_rl.runs.callbacks import StageCallback
@@ -232,7 +232,7 @@ def test_what_a_kill_left_half_written_is_removed(finished: Path) -> None:
 
 def test_results_name_the_machine_that_trained(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (finished / "results.json").read_text()
-    monkeypatch.setattr(life, "hardware", lambda _: "another machine")
+    monkeypatch.setattr(task, "hardware", lambda _: "another machine")
     run(tiny(), finished, 3, device="cpu")
     assert (finished / "results.json").read_text() == before
 
