@@ -26,6 +26,7 @@ from snn_rl.rl.features import ConvExtractor
 from snn_rl.rl.heads import HEADS, head_of, kind_of
 from snn_rl.rl.network import ActorNetwork, Normalizer, NumpyState
 from snn_rl.rl.policy import AgentPolicy, SpikingDQNPolicy, check_forwards
+from snn_rl.rl.spaces import in_one_line
 from snn_rl.rl.statistics import Statistics
 from snn_rl.rl.teacher import statistics_of
 
@@ -111,7 +112,10 @@ def check_storable(agent: BaseAlgorithm | BasePolicy | LoadedPolicy) -> None:
 
 def check_space(space: spaces.Space) -> None:
     """Raises ValueError for an observation or action space that a policy file cannot hold."""
-    _space_from_json(_space_to_json(space))
+    if _space_from_json(_space_to_json(space)) != space:
+        raise ValueError(
+            f"a policy file cannot give {in_one_line(space)} of {space.dtype} back; take the default dtype"
+        )
 
 
 def _described(agent: BaseAlgorithm | BasePolicy | LoadedPolicy) -> tuple[nn.Module, dict[str, Any]]:
@@ -309,7 +313,7 @@ def _space_to_json(space: spaces.Space) -> dict[str, Any]:
             raise ValueError(f"a policy file knows MultiDiscrete spaces of one axis, from 0 on, not {space}")
         return {"type": "MultiDiscrete", "nvec": space.nvec.tolist()}
     if isinstance(space, spaces.MultiBinary):
-        return {"type": "MultiBinary", "shape": list(space.shape)}
+        return {"type": "MultiBinary", "n": space.n if isinstance(space.n, int) else list(space.n)}
     if isinstance(space, spaces.Box):
         low, high = (
             bound.flat[0].item() if bound.size and (bound == bound.flat[0]).all() else bound.tolist()
@@ -332,7 +336,9 @@ def _space_from_json(value: dict[str, Any]) -> spaces.Space:
             raise ValueError(f"the number of components must lie in [1, {MAX_ACTIONS}], got {len(nvec)}")
         return spaces.MultiDiscrete(nvec)
     if kind == "MultiBinary":
-        return spaces.MultiBinary(_shape(value))
+        n = value["n"]  # 3 and (3,) are not the same space
+        shape = _shape({"shape": [n] if isinstance(n, int) else n})
+        return spaces.MultiBinary(shape[0] if isinstance(n, int) else shape)
     if kind == "Box":
         shape, dtype = _shape(value), np.dtype(str(value["dtype"]))
         if dtype.kind not in "uifb":
