@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -22,7 +22,7 @@ from snn_rl.rl.recurrent import SPIKES_EVERY, RecurrentLearner, check_same_space
 from snn_rl.rl.replay import SequenceReplayBuffer, Windows
 from snn_rl.rl.spaces import check_observation_space
 from snn_rl.rl.starts import convert_into, spread_into
-from snn_rl.rl.teacher import StackedTeacher, named, teacher_of
+from snn_rl.rl.teacher import StackedTeacher, Teacher, named, teacher_of
 
 SelfStudent = TypeVar("SelfStudent", bound="Student")
 
@@ -161,11 +161,18 @@ class Student(RecurrentLearner):
         teacher: object,
         env: GymEnv | str,
         net_arch: Sequence[int] = (256, 256),
+        timesteps: int | None = None,
         *,
+        calibration_steps: int = 1000,
         policy_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> SelfStudent:
-        """An ordinary network of ReLUs with new weights, to be taught by a ``teacher`` whose own does not convert.
+        """A network with new weights, to be taught by a ``teacher`` whose own does not convert.
+
+        Without ``timesteps`` it is an ordinary one of ReLUs, which `from_ann` converts once it has learnt. With
+        ``timesteps`` it spikes from the start, and its first synapse is drawn so that its neurons can remember
+        (`snn_rl.core.spread`): for a student that has to remember what its teacher sees. ``calibration_steps`` of the
+        teacher's play say what that sees.
 
         ``kwargs`` are this class's own arguments. The teacher is set.
 
@@ -179,13 +186,23 @@ class Student(RecurrentLearner):
             "head": kind_of(taught_by.head),
             "net_arch": list(net_arch),
             "statistics": taught_by.statistics,
+            "timesteps": timesteps,
             **(policy_kwargs or {}),
         }
         if is_image_space(env.observation_space):
             options.setdefault("features_extractor_class", NatureCNN)
-        model = cls(AgentPolicy, env, policy_kwargs=options, **{"sequence_length": 1, "burn_in": 0, **kwargs})
+        if timesteps is None:
+            kwargs = {"sequence_length": 1, "burn_in": 0, **kwargs}
+        model = cls(AgentPolicy, env, policy_kwargs=options, **kwargs)
+        if timesteps is not None:
+            spread_into(model.net, model._calibration(taught_by, calibration_steps))
         model.teacher = taught_by
         return model
+
+    def _calibration(self, teacher: Teacher, steps: int) -> Iterator[Tensor]:
+        """Preprocessed observations of a teacher's play."""
+        for obs in self._play(teacher, steps):
+            yield self.net.preprocess(torch.as_tensor(obs, device=self.device))
 
     @classmethod
     def from_ann(
@@ -240,10 +257,7 @@ class Student(RecurrentLearner):
             **(policy_kwargs or {}),
         }
         model = cls(AgentPolicy, env, policy_kwargs=options, **kwargs)
-        batches = (
-            model.net.preprocess(torch.as_tensor(obs, device=model.device))
-            for obs in model._play(taught_by, calibration_steps)
-        )
+        batches = model._calibration(taught_by, calibration_steps)
         if source is not taught_by:
             spread_into(model.net, batches)
         else:

@@ -88,7 +88,7 @@ def distil(
     if labels.actor is None or not labels.actor.converts:
         options = student_options(fresh, venv.num_envs)
         agent = Student.fresh(labels, venv, net_arch, seed=seed, device=device, **options)
-        _teach(agent, labels, fresh)
+        teach(agent, labels, fresh)
         stages.append(StageResult("ann", agent, evaluate(agent, played_in, episodes)))
     for timesteps in schedule:
         options = {**student_options(spiking, venv.num_envs), "seed": seed, "device": device}
@@ -98,14 +98,14 @@ def distil(
         else:
             student = convert(parent, venv, timesteps, spiking, options)
         student.teacher = labels
-        _teach(student, parent, spiking)
+        teach(student, parent, spiking)
         agent = student
         stages.append(StageResult(f"T{timesteps}", agent, evaluate(agent, played_in, episodes)))
     assert agent is not None
     return Distilled(agent, stages)
 
 
-def _teach(student: Student, parent: Student | Teacher, config: SnnConfig) -> None:
+def teach(student: Student, parent: Student | Teacher, config: SnnConfig) -> None:
     """Learn from the parent's play, then from one's own."""
     parent.exploration_rate = config.parent_eps
     student.collect(parent, config.parent_steps)
