@@ -15,7 +15,7 @@ from snn_rl.runs.life import live, prepare
 from snn_rl.runs.recipe import TEST_SEEDS, SpikeRecipe
 from snn_rl.runs.stages import Stage
 from snn_rl.runs.task import Checkpoints, Measured, Task, Training
-from snn_rl.runs.taught import Taught, TaughtAnn
+from snn_rl.runs.taught import Taught, TaughtAnn, converts
 
 
 def spike(
@@ -56,7 +56,7 @@ class SpikeTask(Task):
         finally:
             env.close()
         stages = [teacher_stage]
-        if teacher.actor is None or not teacher.actor.converts:
+        if not converts(teacher):
             stages.append(Stage(None, "teacher"))
         for timesteps in run.recipe.schedule:
             stages.append(Stage(timesteps, stages[-1].name))

@@ -22,6 +22,15 @@ from snn_rl.runs.task import Checkpoints
 
 LOG = logging.getLogger(__name__)
 DISTILLATION_PIECES = 20
+LEAST_UNITS = 32  # of a hidden layer that is converted
+
+
+def converts(teacher: Teacher) -> bool:
+    """Whether a spiking stage starts from the teacher's own network; otherwise that teaches a new one first.
+
+    It must convert, and have no layer so narrow that few spikes would have to say everything.
+    """
+    return teacher.actor is not None and teacher.actor.converts and min(teacher.actor.net_arch) >= LEAST_UNITS
 
 
 def student_options(config: SnnConfig, num_envs: int) -> dict[str, Any]:
