@@ -142,8 +142,12 @@ def _described(agent: BaseAlgorithm | BasePolicy | LoadedPolicy) -> tuple[nn.Mod
         else:
             _check_extractor(extractor_class)
             actor = actor_of(policy)
-            if actor.activation not in (nn.ReLU, None):
-                raise _unknown_activation(actor.activation)
+            for between in list(actor.mlp)[1::2]:
+                if type(between) is not nn.ReLU:
+                    raise _unknown_activation(type(between))
+            if len(actor.mlp) % 2 == 0:
+                last = type(actor.mlp[-1]).__name__
+                raise ValueError(f"an actor that ends in a {last} cannot be stored in a policy file; keep model.zip")
             kind, net_arch = kind_of(actor.head), list(actor.net_arch)
             net.network = actor.network
         statistics = statistics_of(agent)
