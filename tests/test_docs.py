@@ -8,6 +8,7 @@ Each page is gone through from top to bottom in a folder of its own, which has t
 - A training in docs/guide.md is run with ``--smoke``.
 - Any other command (it trains for hours, or its file is a placeholder) is asked for its ``--help``, which has to
   succeed and to know every option that the page gives. An ``N`` is a number.
+- A command of snn-rl is checked as those of scripts/ are.
 - Of make, the targets are tried with ``--dry-run``; of other programs, it is looked whether they are installed.
 """
 
@@ -32,7 +33,7 @@ import pytest
 import torch
 
 from agents import RECIPES
-from snn_rl import to_spiking
+from snn_rl import cli, to_spiking
 from snn_rl.base.files import write_json
 from snn_rl.cli import sweep
 from snn_rl.cli.sweeping.jobs import jobs
@@ -45,13 +46,13 @@ PAGES = ["README.md", "CONTRIBUTING.md", "agents/pretrained/README.md"]
 PAGES += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INDENTED = re.compile(r"(?<=\n\n)(?:    .*\n)+")
-SPAN = re.compile(r"`((?:python|make|torchrun|tensorboard|pip) [^`]+)`")
+SPAN = re.compile(r"`((?:python|make|torchrun|tensorboard|pip|snn-rl) [^`]+)`")
 # A wrapper's own options, and a recipe's fields, are in another help than that of the command which takes them.
 OPTIONS_ELSEWHERE = {
     "scripts/zoo.py": ["scripts/zoo.py"],
     "scripts/reproduce.py": ["scripts/train_vision.py", "vgg6-cifar10"],
 }
-PROGRAMS = ("python", "make", "torchrun", "tensorboard", "pip")
+PROGRAMS = ("python", "make", "torchrun", "tensorboard", "pip", "snn-rl")
 
 
 def snippets(page: str) -> Iterator[tuple[str, str]]:
@@ -133,6 +134,9 @@ def test_what_a_page_says_runs(page: str, tmp_path: Path, monkeypatch: pytest.Mo
         a_classifier(tmp_path)
     if page == "docs/sweep.md":
         a_table(tmp_path)
+    if page == "docs/README.md":
+        monkeypatch.setattr(sys, "path", list(sys.path))  # which snn-rl adds the folder to
+        (tmp_path / "my_recipes.py").write_text("from agents.cartpole import CARTPOLE as ACROBOT")
     asked: set[str] = set()
     for kind, code in snippets(page):
         if kind == "python":
@@ -148,6 +152,10 @@ def command(code: str, asked: set[str]) -> None:
     if program == "make":
         tried = subprocess.run(["make", "--dry-run", arguments[0]], cwd=ROOT, capture_output=True, text=True)
         assert tried.returncode == 0, f"{code}: {tried.stderr}"
+    elif program == "snn-rl":
+        if code not in asked:
+            asked.add(code)
+            check_options([program, *arguments])
     elif program == "python" or (program == "torchrun" and (arguments := from_script(arguments))):
         files = [word for word in arguments[1:] if not word.startswith("-")][:1]
         if program == "python" and arguments[0].startswith("scripts/") and files and Path(files[0]).exists():
@@ -169,10 +177,13 @@ def from_script(arguments: list[str]) -> list[str]:
 
 
 def run(arguments: list[str]) -> int:
-    """A script of this repository with its arguments, in this process; the exit status."""
+    """A script of this repository or snn-rl with its arguments, in this process; the exit status."""
     script = Path(arguments[0])
-    assert script.parts[0] == "scripts", arguments
-    main = importlib.import_module(f"scripts.{script.stem}").main
+    if arguments[0] == "snn-rl":
+        main = cli.main
+    else:
+        assert script.parts[0] == "scripts", arguments
+        main = importlib.import_module(f"scripts.{script.stem}").main
     with warnings.catch_warnings():
         if script.stem == "zoo":
             warnings.simplefilter("ignore")  # RL Zoo's and its dependencies' are not ours
@@ -202,7 +213,7 @@ def help_of_benchmark(*words: str) -> tuple[int, str]:
 
 
 def help_of(arguments: list[str]) -> tuple[int, str]:
-    if not arguments[0].startswith("scripts/"):
+    if not arguments[0].startswith(("scripts/", "snn-rl")):
         return help_of_benchmark(*itertools.takewhile(lambda word: not word.startswith("-"), arguments))
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
@@ -242,6 +253,10 @@ def test_an_option_that_is_unknown_and_a_command_that_fails_are_noticed(tmp_path
         command("python scripts/sweep.py cartpool", set())
     with pytest.raises(ValueError, match=r"--set snn\.lek=1: cartpole has no such field"):
         command("python scripts/sweep.py cartpole --set snn.lek=1", set())
+    with pytest.raises(AssertionError, match="no option --stickiness"):
+        command("snn-rl evaluate FILE --stickiness 0.25", set())
+    with pytest.raises(AssertionError, match="snn-rl fly"):
+        command("snn-rl fly FILE", set())
     with pytest.raises(AssertionError, match="kils"):
         command("python benchmarks/endurance.py kils", set())
     with pytest.raises(AssertionError, match="make train"):

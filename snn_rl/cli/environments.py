@@ -84,7 +84,7 @@ class EnvironmentOf:
             if ours != theirs:
                 env.close()
                 raise ValueError(
-                    f"the agent's {kind} is {ours}, that of {self.name(policy) or 'the environment'} is {theirs}; "
+                    f"the agent's {kind} is {ours}, that of {self._called(policy)} is {theirs}; "
                     "build the environment with the wrappers of the training, in a function, and give --env-id "
                     "MODULE:FUNCTION"
                 )
@@ -96,6 +96,9 @@ class EnvironmentOf:
             return self._env_id
         recipe = recipe_of(policy, self._known())
         return None if recipe.name == policy.metadata["provenance"].get("recipe") else recipe.name
+
+    def _called(self, policy: LoadedPolicy) -> str:
+        return self.name(policy) or f"the recipe {policy.metadata['provenance'].get('recipe')}"
 
     def _known(self) -> Mapping[str, Recipe]:
         if self._recipes is None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from snn_rl.cli.environments import EnvironmentOf
 from snn_rl.cli.parser import Parser
 from snn_rl.cli.status import exit_status
+from snn_rl.rl.policy_file import load_policy
 from snn_rl.runs.agent import PROTOCOL
 from snn_rl.runs.recipe import Recipe
 from snn_rl.share.hub import NAMES, VIDEO, check_push, export, push
@@ -40,14 +41,16 @@ def main(
 def _write(options: argparse.Namespace, recipes: Mapping[str, Recipe] | None) -> None:
     if options.push_to is not None:
         check_push(options.push_to)  # before minutes of play
+    build = EnvironmentOf(recipes)
     results = export(
         options.file,
         options.folder,
-        EnvironmentOf(recipes),
+        build,
         episodes=options.episodes,
         video_steps=options.video_steps,
         protocol=PROTOCOL,
         repo_id=options.push_to,
+        by_id=build.name(load_policy(options.file)) is not None,
     )
     written = [name for name in NAMES if (options.folder / name).is_file()]
     print(f"{options.folder}: {', '.join(written)}")

@@ -36,7 +36,7 @@ def find_recipe(name: str, known: Mapping[str, R] | None, kind: type[R]) -> R:
         known = _local(kind)
         if known is None:
             raise ValueError(
-                f"unknown recipe {name!r}: there is no package {PACKAGE} in {os.getcwd()}; give MODULE:RECIPE"
+                f"unknown recipe {name!r}: no {PACKAGE} with {LISTED} in {os.getcwd()}; give MODULE:RECIPE"
             )
     if name not in known:
         raise ValueError(f"unknown recipe {name!r}; there are {', '.join(known)}, or give MODULE:RECIPE")
@@ -60,11 +60,12 @@ def search_here() -> None:
 
 def _local(kind: type[R]) -> Mapping[str, R] | None:
     here = Path.cwd()
-    if not any((here / path).is_file() for path in (f"{PACKAGE}/__init__.py", f"{PACKAGE}.py")):
+    file = next(filter(Path.is_file, (here / PACKAGE / "__init__.py", here / f"{PACKAGE}.py")), None)
+    if file is None:
         return None
     search_here()
     module = import_or_refuse(PACKAGE, f"with {LISTED}")
-    if here.resolve() not in Path(module.__file__ or "").resolve().parents:  # of another folder, imported earlier
+    if Path(module.__file__ or "").resolve() != file.resolve():  # of another folder, imported earlier
         raise ValueError(f"the package {PACKAGE} in {here} is hidden by {module.__file__}; give MODULE:RECIPE")
     return _mapping(module, kind)
 

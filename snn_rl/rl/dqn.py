@@ -358,18 +358,6 @@ class SpikingDQN(RecurrentLearner, DQN):
         self.q_net_target.load_state_dict(self.q_net.state_dict())
         return loss
 
-    @classmethod
-    def load(cls: type[SelfSpikingDQN], *args: Any, **kwargs: Any) -> SelfSpikingDQN:
-        """SB3's ``load``, for files that you trust: a ``model.zip`` is unpickled, and so can run code of its writer.
-
-        What comes from elsewhere is loaded by `snn_rl.load_policy`, from a ``policy.safetensors``, which runs none.
-
-        Exploration goes on where the saved agent stopped. With ``seed=`` it starts anew, as SB3's does.
-        """
-        if kwargs.get("seed") is not None:
-            kwargs["_exploration"] = None  # SB3 sets attributes of `kwargs` in place of those saved
-        return super().load(*args, **kwargs)
-
 
 def _check_ann(agent: object) -> None:
     """Check that `SpikingDQN.from_ann` can convert the agent, as far as its type says."""

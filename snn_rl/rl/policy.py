@@ -15,6 +15,7 @@ from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
 from torch import Tensor, nn
 
 from snn_rl.core.convert import DEFAULT_LEAK, spiking_architecture
+from snn_rl.core.network import SpikingNetwork
 from snn_rl.rl.heads import Head, QValues, head_of
 from snn_rl.rl.network import ActorNetwork, Normalizer, NumpyState, StatefulNetwork, layers_of, numpy_state
 from snn_rl.rl.statistics import Statistics
@@ -180,7 +181,12 @@ class AgentPolicy(StatefulPolicy):
             persistent,
             None if statistics is None else Normalizer.of(statistics),
         )
-        self.optimizer = self.optimizer_class(self.net.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+        self.optimizer = self.optimizer_class(self.net.network.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+
+    @property
+    def statistics(self) -> Statistics | None:
+        """By which observations are normalised, None where they are not."""
+        return self.agent_kwargs["statistics"]
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {
@@ -242,6 +248,8 @@ class SpikingQNetwork(StatefulNetwork, QNetwork):  # type: ignore[misc]
         del self.q_net
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
+        network = self.network
+        assert isinstance(network, SpikingNetwork)
         extractor = copy.deepcopy(self._extractor[0]).to_empty(device="cpu")
         with torch.no_grad():
             for tensor in (*extractor.parameters(), *extractor.buffers()):
@@ -249,13 +257,14 @@ class SpikingQNetwork(StatefulNetwork, QNetwork):  # type: ignore[misc]
         return {
             **super()._get_constructor_parameters(),
             "features_extractor": extractor,
-            "timesteps": self.network.timesteps,
-            "leak_reset": next(iter(self.network.lif_layers.values())).leak_reset,
+            "timesteps": network.timesteps,
+            "leak_reset": next(iter(network.lif_layers.values())).leak_reset,
             "persistent": self.persistent,
         }  # thresholds and leaks are parameters
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = True) -> Tensor:
-        return self.forward(observation)[0].argmax(dim=1)  # type: ignore[arg-type]
+        assert isinstance(observation, Tensor)
+        return StatefulNetwork.forward(self, observation)[0].argmax(dim=1)
 
 
 class SpikingDQNPolicy(StatefulPolicy, DQNPolicy):

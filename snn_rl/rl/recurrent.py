@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,9 +25,12 @@ from snn_rl.core.network import SpikingNetwork, State
 from snn_rl.rl.captured import CapturedGradient, gradient
 from snn_rl.rl.network import StatefulNetwork
 from snn_rl.rl.policy import StatefulPolicy
+from snn_rl.rl.policy_file import save_policy
 from snn_rl.rl.replay import SequenceReplayBuffer, Windows, frame_stack_of
 from snn_rl.rl.spaces import in_one_line
 from snn_rl.rl.teacher import Player, Teacher, named, teacher_of
+
+SelfLearner = TypeVar("SelfLearner", bound="RecurrentLearner")
 
 SPIKES_EVERY = 100  # updates: how often spikes are counted for the log, which is slower than not to
 
@@ -397,6 +400,25 @@ class RecurrentLearner(OffPolicyAlgorithm):
         sampled = self.replay_buffer.sample_windows(windows, self.window_length, env=self._vec_normalize_env)
         pruned = parent.net.pruned(self.timesteps, sampled.observations, sampled.episode_start)
         self.net.network.load_state_dict(pruned.state_dict())
+
+    @classmethod
+    def load(cls: type[SelfLearner], *args: Any, **kwargs: Any) -> SelfLearner:
+        """SB3's ``load``, for files that you trust: a ``model.zip`` is unpickled, and so can run code of its writer.
+
+        What comes from elsewhere is loaded by `snn_rl.load_policy`, from a ``policy.safetensors``, which runs none.
+
+        Exploration goes on where the saved agent stopped. With ``seed=`` it starts anew, as SB3's does.
+        """
+        if kwargs.get("seed") is not None:
+            kwargs["_exploration"] = None  # SB3 sets attributes of `kwargs` in place of those saved
+        return super().load(*args, **kwargs)
+
+    def save(self, path: Any, *args: Any, **kwargs: Any) -> None:
+        """SB3's zip, to train on; or where ``path`` ends in ``.safetensors`` the policy file, to share and run."""
+        if str(path).endswith(".safetensors"):
+            save_policy(self, path, {})
+        else:
+            super().save(path, *args, **kwargs)
 
     def _excluded_save_params(self) -> list[str]:
         own = ["_teacher", "_teacher_state", "_next_teacher_state", "_actor", "_captured", "_labels"]

@@ -110,8 +110,10 @@ class SequenceReplayBuffer(ReplayBuffer):
         self.handle_timeout_termination = handle_timeout_termination
         slots = (n_envs, self.buffer_size)
         self.frames = np.zeros((*slots, *frame_shape), dtype=observation_space.dtype)
-        discrete = np.issubdtype(action_space.dtype, np.integer)  # type: ignore[arg-type]
-        self.slot_actions = np.zeros((*slots, *action_space.shape), np.int64 if discrete else action_space.dtype)
+        assert action_space.shape is not None
+        self.action_shape = action_space.shape
+        discrete = np.issubdtype(action_space.dtype, np.integer)
+        self.slot_actions = np.zeros((*slots, *self.action_shape), np.int64 if discrete else action_space.dtype)
         self.labels = np.zeros((*slots, label_size), dtype=np.float32)
         self.labelled = np.zeros(slots, dtype=bool)
         self.slot_rewards = np.zeros(slots, dtype=np.float32)
@@ -142,7 +144,7 @@ class SequenceReplayBuffer(ReplayBuffer):
         shape = (self.n_envs, *self.obs_shape)
         obs, next_obs = np.asarray(obs).reshape(shape), np.asarray(next_obs).reshape(shape)
         actions, rewards = (
-            np.asarray(action).reshape(self.n_envs, *self.slot_actions.shape[2:]),
+            np.asarray(action).reshape(self.n_envs, *self.action_shape),
             np.asarray(reward).reshape(self.n_envs),
         )
         for name, values in (("observation", obs), ("observation", next_obs), ("reward", rewards)):

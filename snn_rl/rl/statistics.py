@@ -114,9 +114,9 @@ def read_vecnormalize(path: Path | str, observation_space: spaces.Space) -> Stat
         statistics = _statistics(_Unpickler(io.BytesIO(path.read_bytes())).load())
         if statistics is not None:
             statistics.check_space(observation_space)
-    except ValueError as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
     except Exception as error:  # a damaged pickle raises anything
+        if type(error) is ValueError:  # said here, or by numpy of an array
+            raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise ValueError(f"{path} is not a VecNormalize that SB3 saved, or it is damaged ({reason})") from error
     return statistics

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.torch_layers import NatureCNN
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from torch import Tensor
 
+from snn_rl.core.convert import DEFAULT_LEAK
+from snn_rl.rl.heads import head_of, kind_of
 from snn_rl.rl.network import NumpyState
 from snn_rl.rl.policy import AgentPolicy
-from snn_rl.rl.recurrent import SPIKES_EVERY, RecurrentLearner
+from snn_rl.rl.recurrent import SPIKES_EVERY, RecurrentLearner, check_same_spaces
 from snn_rl.rl.replay import SequenceReplayBuffer, Windows
 from snn_rl.rl.spaces import check_observation_space
+from snn_rl.rl.starts import convert_into, spread_into
+from snn_rl.rl.teacher import StackedTeacher, named, teacher_of
 
 SelfStudent = TypeVar("SelfStudent", bound="Student")
 
@@ -106,8 +113,6 @@ class Student(RecurrentLearner):
 
     def _setup_model(self) -> None:
         if self.env is not None and self.replay_buffer is None:
-            from snn_rl.rl.heads import head_of
-
             size = head_of(self.policy_kwargs["head"], self.action_space).size
             self.replay_buffer_kwargs = {**self.replay_buffer_kwargs, "label_size": size}
         super()._setup_model()
@@ -147,6 +152,130 @@ class Student(RecurrentLearner):
     def _loss(self, windows: Windows) -> Tensor:
         out, _, cost = self._unroll_learning(windows)
         return self._distillation_loss(windows, out) + cost
+
+    # --- a stage's start
+
+    @classmethod
+    def fresh(
+        cls: type[SelfStudent],
+        teacher: object,
+        env: GymEnv | str,
+        net_arch: Sequence[int] = (256, 256),
+        *,
+        policy_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> SelfStudent:
+        """An ordinary network of ReLUs with new weights, to be taught by a ``teacher`` whose own does not convert.
+
+        ``kwargs`` are this class's own arguments. The teacher is set.
+
+        Raises:
+            ValueError: something that cannot be a teacher (`teacher_of`), or spaces of ``env`` that are not its.
+        """
+        env = cls._checked_env(env, kwargs.get("verbose", 0))
+        taught_by = teacher_of(teacher, env.observation_space)
+        check_same_spaces(env, taught_by)
+        options = {
+            "head": kind_of(taught_by.head),
+            "net_arch": list(net_arch),
+            "statistics": taught_by.statistics,
+            **(policy_kwargs or {}),
+        }
+        if is_image_space(env.observation_space):
+            options.setdefault("features_extractor_class", NatureCNN)
+        model = cls(AgentPolicy, env, policy_kwargs=options, **{"sequence_length": 1, "burn_in": 0, **kwargs})
+        model.teacher = taught_by
+        return model
+
+    @classmethod
+    def from_ann(
+        cls: type[SelfStudent],
+        ann: object,
+        env: GymEnv | str,
+        timesteps: int = 5,
+        *,
+        percentile: float = 99.0,
+        leak: float = DEFAULT_LEAK,
+        leak_reset: bool = False,
+        persistent: bool = True,
+        calibration_steps: int = 1000,
+        policy_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> SelfStudent:
+        """Convert a trained agent whose network has ReLUs, calibrated on ``calibration_steps`` of its own play.
+
+        ``ann`` is an agent or a policy of SB3 or sb3-contrib, an ordinary `Student` (`fresh`), or a `Teacher`. It
+        becomes the teacher. ``kwargs`` are this class's own arguments.
+
+        Where ``env`` shows one frame and the agent was trained on a stack of them, its first synapse has no
+        counterpart: the student has the agent's layers, but starts from new weights (`snn_rl.core.spread`).
+
+        Raises:
+            ValueError: an agent that cannot be a teacher or whose network does not convert, or spaces of ``env`` that
+                are not its.
+        """
+        if calibration_steps < 1:
+            raise ValueError(f"calibration_steps must be >= 1, got {calibration_steps}")
+        env = cls._checked_env(env, kwargs.get("verbose", 0))
+        taught_by = teacher_of(ann, env.observation_space)
+        check_same_spaces(env, taught_by)
+        source = taught_by.teacher if isinstance(taught_by, StackedTeacher) else taught_by
+        actor = source.actor
+        if actor is None or not (actor.converts or source is not taught_by):
+            raise ValueError(
+                f"the network of {named(ann)} does not convert: it needs hidden layers with ReLUs and no memory; teach "
+                "a new one first, by Student.fresh"
+            )
+        options = {
+            "head": kind_of(actor.head),
+            "net_arch": list(actor.net_arch),
+            "features_extractor_class": actor.features_extractor_class,
+            "features_extractor_kwargs": actor.features_extractor_kwargs,
+            "normalize_images": actor.normalize_images,
+            "statistics": source.statistics,
+            "timesteps": timesteps,
+            "leak": leak,
+            "leak_reset": leak_reset,
+            "persistent": persistent,
+            **(policy_kwargs or {}),
+        }
+        model = cls(AgentPolicy, env, policy_kwargs=options, **kwargs)
+        batches = (
+            model.net.preprocess(torch.as_tensor(obs, device=model.device))
+            for obs in model._play(taught_by, calibration_steps)
+        )
+        if source is not taught_by:
+            spread_into(model.net, batches)
+        else:
+            convert_into(model.net, actor.network, batches, percentile, leak=leak, leak_reset=leak_reset)
+        model.teacher = taught_by
+        return model
+
+    @classmethod
+    def from_parent(
+        cls: type[SelfStudent], parent: Student, env: GymEnv | str, timesteps: int, **kwargs: Any
+    ) -> SelfStudent:
+        """Temporal pruning: the weights, thresholds and leaks of ``parent`` at fewer micro-steps, to be trained on.
+
+        ``kwargs`` are this class's own arguments. The parent's teacher becomes this agent's. `collect` the parent's
+        play, then `keep_rates` lowers the thresholds.
+
+        Raises:
+            ValueError: a parent that does not spike, ``timesteps`` that are not fewer, or spaces that are not its.
+        """
+        if not isinstance(parent, Student) or parent.timesteps is None:
+            raise ValueError(f"from_parent takes a spiking Student, got {named(parent)}; Student.from_ann makes one")
+        if parent.timesteps == 1:
+            raise ValueError("the parent is at 1 timestep already, and there are no fewer")
+        if not 1 <= timesteps < parent.timesteps:
+            raise ValueError(f"timesteps must lie in [1, {parent.timesteps - 1}], below the parent's, got {timesteps}")
+        env = cls._checked_env(env, kwargs.get("verbose", 0))
+        check_same_spaces(env, parent)
+        policy_kwargs = {**parent.policy_kwargs, **(kwargs.pop("policy_kwargs", None) or {}), "timesteps": timesteps}
+        model = cls(AgentPolicy, env, policy_kwargs=policy_kwargs, **kwargs)
+        model.net.network.load_state_dict(parent.net.network.state_dict())
+        model.teacher = parent.teacher
+        return model
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []

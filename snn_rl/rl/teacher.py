@@ -13,10 +13,11 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import maybe_transpose, preprocess_obs
 from stable_baselines3.common.vec_env import VecNormalize
 from stable_baselines3.dqn.policies import DQNPolicy
+from torch import nn
 
 from snn_rl.rl.actor import Actor, actor_of, is_recurrent, recurrent_actor_of
 from snn_rl.rl.heads import Head, QValues
-from snn_rl.rl.policy import StatefulPolicy
+from snn_rl.rl.policy import AgentPolicy, StatefulPolicy
 from snn_rl.rl.replay import stacking_axis
 from snn_rl.rl.spaces import UnsupportedSpaceError, channels_first, in_one_line
 from snn_rl.rl.statistics import Statistics
@@ -46,6 +47,8 @@ class Teacher(ABC):
     action_space: spaces.Space
     head: Head
     exploration_rate: float = 0.0  # share of random actions where this teacher plays itself
+    actor: Actor | None = None  # its layers, where it has no memory: `Student.from_ann` converts them
+    statistics: Statistics | None = None  # its observations are normalised by these
 
     @abstractmethod
     def label(
@@ -79,7 +82,6 @@ class PolicyTeacher(Teacher):
     def __init__(self, policy: BasePolicy, statistics: Statistics | None = None) -> None:
         self.policy, self.statistics = policy, statistics
         self.observation_space, self.action_space = policy.observation_space, policy.action_space
-        self.actor: Actor | None = None
         try:
             self.actor = actor_of(policy)
             self.head = self.actor.head
@@ -111,8 +113,8 @@ class RecurrentTeacher(Teacher):
     """A RecurrentPPO, with the state of its own LSTM."""
 
     def __init__(self, policy: BasePolicy, statistics: Statistics | None = None) -> None:
-        self.actor, self.statistics = recurrent_actor_of(policy), statistics
-        self.head = self.actor.head
+        self.recurrent, self.statistics = recurrent_actor_of(policy), statistics
+        self.head = self.recurrent.head
         self.observation_space, self.action_space = policy.observation_space, policy.action_space
 
     def label(
@@ -120,7 +122,7 @@ class RecurrentTeacher(Teacher):
     ) -> tuple[np.ndarray, Any]:
         if self.statistics is not None:
             observation = self.statistics.normalize(observation)
-        return self.actor.label(observation, state, episode_start)
+        return self.recurrent.label(observation, state, episode_start)
 
 
 class StatefulTeacher(Teacher):
@@ -129,6 +131,15 @@ class StatefulTeacher(Teacher):
     def __init__(self, policy: StatefulPolicy) -> None:
         self.policy, self.head = policy, policy.head
         self.observation_space, self.action_space = policy.observation_space, policy.action_space
+        if isinstance(policy, AgentPolicy) and isinstance(policy.net.network, nn.Sequential):
+            self.statistics = policy.statistics
+            self.actor = Actor(
+                policy.net.network,
+                policy.head,
+                policy.features_extractor_class,
+                policy.features_extractor_kwargs,
+                policy.normalize_images,
+            )
 
     def label(
         self, observation: np.ndarray, state: Any = None, episode_start: np.ndarray | None = None

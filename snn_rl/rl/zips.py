@@ -8,6 +8,7 @@ nor the Python that wrote the file is needed.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import io
 import json
@@ -152,13 +153,17 @@ def read_zip(
         name = agent.algorithm(algo)
         policy = agent.build()
     except UnsupportedSpaceError as error:
-        raise UnsupportedSpaceError(f"{path}: {error}") from error
+        raise UnsupportedSpaceError(f"{path}: {_one_line(error)}") from error
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: {_one_line(error)}") from error
     return ForeignAgent(policy.to(get_device(device)), name)
 
 
 # --- the file -----------------------------------------------------------------------------------------------------
+
+
+class _Refusal(ValueError):
+    """What is said of a file here, unlike what a library says of a damaged one."""
 
 
 def _read(path: Path) -> tuple[dict[str, Any], Weights]:
@@ -168,7 +173,7 @@ def _read(path: Path) -> tuple[dict[str, Any], Weights]:
     try:
         with zipfile.ZipFile(path) as file:
             data, policy = (_member(file, name, most) for name, most in (("data", MAX_DATA), ("policy.pth", MAX_BYTES)))
-    except ValueError:
+    except _Refusal:
         raise
     except Exception as error:  # zlib's, struct's, the operating system's
         raise ValueError(f"it is not a zip, or it is damaged ({type(error).__name__}: {first_line(error)})") from error
@@ -183,10 +188,10 @@ def _read(path: Path) -> tuple[dict[str, Any], Weights]:
 
 def _member(file: zipfile.ZipFile, name: str, most: int) -> bytes:
     if name not in file.namelist():
-        raise ValueError(f"it is not an agent that SB3 saved: there is no {name} in it")
+        raise _Refusal(f"it is not an agent that SB3 saved: there is no {name} in it")
     size = file.getinfo(name).file_size  # more than this is not unpacked
     if size > most:
-        raise ValueError(f"its {name} has {size:,} bytes; at most {most:,} are read")
+        raise _Refusal(f"its {name} has {size:,} bytes; at most {most:,} are read")
     return file.read(name)
 
 
@@ -197,11 +202,11 @@ def _weights(raw: bytes) -> Weights:
             with zipfile.ZipFile(io.BytesIO(raw)) as file:  # PyTorch would unpack whatever it holds
                 unpacked = sum(member.file_size for member in file.infolist())
             if unpacked > MAX_BYTES:
-                raise ValueError(f"its policy.pth unpacks to {unpacked:,} bytes; at most {MAX_BYTES:,} are read")
+                raise _Refusal(f"its policy.pth unpacks to {unpacked:,} bytes; at most {MAX_BYTES:,} are read")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about how older versions of PyTorch stored weights
             state = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
-    except ValueError:
+    except _Refusal:
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
@@ -225,20 +230,20 @@ def _modern(weights: Weights) -> Weights:
     Before 1.7 an actor-critic had one features extractor, and before 1.8 its policy and its value could share the first
     layers. Both are now stored twice.
     """
-    new = dict(weights)
-    if not any(name.startswith("pi_features_extractor.") for name in weights):
-        for name in [name for name in weights if name.startswith("features_extractor.")] if _critic(weights) else []:
-            new |= {f"{which}_{name}": weights[name] for which in ("pi", "vf")}
-    shared = {name: weight for name, weight in weights.items() if name.startswith("mlp_extractor.shared_net.")}
-    if shared:
-        offset = 2 * len([name for name in shared if name.endswith(".weight")])  # a layer and its activation
-        for name in list(new):
-            if found := re.fullmatch(r"mlp_extractor\.(\w+)\.(\d+)\.(\w+)", name):
-                weight, (net, index, parameter) = new.pop(name), found.groups()
-                if net == "shared_net":
-                    new |= {f"mlp_extractor.{net}.{index}.{parameter}": weight for net in ("policy_net", "value_net")}
-                else:
-                    new[f"mlp_extractor.{net}.{int(index) + offset}.{parameter}"] = weight
+    once = _critic(weights) and not any(name.startswith("pi_features_extractor.") for name in weights)
+    shared = [name for name in weights if re.fullmatch(r"mlp_extractor\.shared_net\.\d+\.weight", name)]
+    new: Weights = {}
+    for name, weight in weights.items():
+        if once and name.startswith("features_extractor."):
+            new |= {f"{which}{name}": weight for which in ("", "pi_", "vf_")}
+        elif shared and (found := re.fullmatch(r"mlp_extractor\.(\w+)\.(\d+)\.(\w+)", name)):
+            net, index, parameter = found[1], int(found[2]), found[3]
+            if net == "shared_net":
+                new |= {f"mlp_extractor.{both}.{index}.{parameter}": weight for both in ("policy_net", "value_net")}
+            else:  # behind the shared layers and their activations
+                new[f"mlp_extractor.{net}.{index + 2 * len(shared)}.{parameter}"] = weight
+        else:
+            new[name] = weight
     return new
 
 
@@ -248,8 +253,10 @@ def _critic(weights: Iterable[str]) -> bool:
 
 def _transposed(space: spaces.Space) -> spaces.Space:
     """The observation space that SB3's algorithms see."""
-    if isinstance(space, spaces.Dict):
-        return spaces.Dict({key: channels_first(subspace) for key, subspace in space.spaces.items()})
+    if isinstance(space, spaces.Dict):  # a new one might sort its keys, and they are concatenated in their order
+        transposed = copy.copy(space)
+        transposed.spaces = type(space.spaces)((key, channels_first(part)) for key, part in space.spaces.items())
+        return transposed
     return channels_first(space)
 
 
@@ -593,6 +600,11 @@ class _Agent:
         kind, shape = _kind(theirs), _shape(theirs)
         if kind is not None and kind != type(ours).__name__:
             raise ValueError(f"its observations are {_described(kind, theirs)}, the environment's {in_one_line(ours)}")
+        if isinstance(ours, spaces.Dict) and isinstance(theirs, dict):
+            keys, text = list(ours.spaces), str(theirs.get("spaces"))
+            order = sorted((key for key in keys if f"'{key}'" in text), key=lambda key: text.index(f"'{key}'"))
+            if len(order) == len(keys) and order != keys:  # the same weights would meet other parts
+                raise ValueError(f"its observations are of {order} in this order, the environment's of {keys}")
         first = self._first_weight()
         if first is None or isinstance(ours, spaces.Dict):
             return  # `check_fits` compares what the extractor makes of them
@@ -620,6 +632,12 @@ class _Agent:
                 if self.weights[name].dim() > 1:
                     return self.weights[name]
         return None
+
+
+def _one_line(error: Exception) -> str:
+    """What an error says, which may quote the file, in one printable line of bounded length."""
+    text = " ".join(str(error).split())
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:2000])
 
 
 def _no_schedule(_: float) -> float:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from stable_baselines3 import DQN
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
 from snn_rl.base.progress import one_line
-from snn_rl.rl.evaluation import Evaluation, evaluate
-from snn_rl.rl.policy_file import LoadedPolicy
+from snn_rl.rl.evaluation import Agent, Evaluation, evaluate
 from snn_rl.rl.restarts import RestartingVecEnv
-from snn_rl.rl.teacher import StackedTeacher
+from snn_rl.rl.teacher import Teacher, teacher_of
 from snn_rl.runs import task
+from snn_rl.runs.given import Given
 from snn_rl.runs.recipe import SEEDS_PER_RUN, Recipe
 from snn_rl.runs.stages import Stage
 
@@ -29,6 +30,7 @@ class Run(task.Run):
     """One training of a recipe: where, with which seed, on which device."""
 
     recipe: Recipe
+    given: Given | None = None  # the teacher, where it was trained elsewhere
 
     memory_fields = "buffer_size, batch_size or num_envs"
 
@@ -56,15 +58,27 @@ class Run(task.Run):
         ann = self.recipe.ann_env_kwargs if stage.timesteps is None else {}
         return {**self.recipe.env_kwargs, **ann}
 
-    def teacher(self, ann: DQN, env: VecEnv) -> DQN | StackedTeacher:
-        """The ANN as it can act in a spiking stage's environment."""
-        return ann if ann.observation_space == env.observation_space else StackedTeacher(ann, env.observation_space)
+    def ann(self) -> DQN:
+        """What the ANN stage has trained."""
+        ann = self.load(DQN, self.directory / "ann" / MODEL)
+        assert isinstance(ann, DQN)
+        return ann
 
-    def evaluate(self, agent: DQN | LoadedPolicy, env: VecEnv, episodes: int) -> Evaluation:
+    def teacher(self, env: VecEnv) -> Teacher:
+        """Who labels what is played in ``env``, a stage's environment: the ANN, or the agent that was given."""
+        if self.given is not None:
+            return self.given.load(env, self.device)
+        return teacher_of(self.ann(), env.observation_space)
+
+    def is_taught(self, stage: str) -> bool:
+        """Whether the stage of this name is a learner of ours, and not the teacher itself."""
+        return stage != ("ann" if self.given is None else "teacher")
+
+    def evaluate(self, agent: Agent, env: VecEnv, episodes: int) -> Evaluation:
         limit = self.recipe.max_episode_steps
         return evaluate(agent, env, episodes, max_episode_steps=limit, progress_bar=self.progress_bar)
 
-    def load(self, algorithm: type[DQN], path: Path, env: VecEnv | None = None) -> DQN:
+    def load(self, algorithm: type[OffPolicyAlgorithm], path: Path, env: VecEnv | None = None) -> Any:
         """A model of this run. Raises ValueError, with what to remove to have it trained again, for a damaged one."""
         remove = path.parent if path.name == MODEL else path  # a finished stage's, which is finished without it
         try:
@@ -73,6 +87,9 @@ class Run(task.Run):
             raise ValueError(
                 f"{path} is not a readable {algorithm.__name__} ({one_line(error)}); remove {remove}"
             ) from error
+
+
+Learner = TypeVar("Learner", bound=OffPolicyAlgorithm)
 
 
 @dataclass
@@ -84,7 +101,7 @@ class History(task.History):
     extra_updates: int = 0
 
 
-def channels_last(model: DQN) -> DQN:
+def channels_last(model: Learner) -> Learner:
     """The memory format in which convolutions are fastest; a spiking network has it from its conversion."""
     model.policy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model

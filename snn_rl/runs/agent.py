@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import torch
+from gymnasium import spaces
 from stable_baselines3 import DQN
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
@@ -21,9 +23,9 @@ from snn_rl.runs.agent_training import AgentTraining
 from snn_rl.runs.ann import Ann, GivenAnn, extractor_kwargs, load_ann
 from snn_rl.runs.life import is_finished, live, prepare
 from snn_rl.runs.recipe import Recipe
-from snn_rl.runs.spiking import Spiking
 from snn_rl.runs.stages import Stage, chain
 from snn_rl.runs.task import Task
+from snn_rl.runs.taught import Rewarded, Taught
 
 
 def run(
@@ -68,7 +70,7 @@ class AgentTask(Task):
 
     def training(self, stage: Stage) -> AgentTraining:
         if stage.timesteps is not None:
-            return Spiking(self.run, stage)
+            return (Rewarded if self.run.recipe.snn.rewards else Taught)(self.run, stage)
         return Ann(self.run, stage) if self._given is None else GivenAnn(self.run, stage, self._given)
 
     def check(self) -> dict[str, str]:
@@ -76,7 +78,7 @@ class AgentTask(Task):
         for_ann, for_spiking = (run.env(stage, 1, 0) for stage in stages[:2])
         for env in (for_ann, for_spiking):
             try:
-                _check_env(recipe.name, env)
+                check_env(recipe.name, env)
             finally:
                 env.close()
         seen, stacked = for_spiking.observation_space, for_ann.observation_space
@@ -94,11 +96,11 @@ class AgentTask(Task):
         return {"observation_space": in_one_line(seen), "action_space": in_one_line(for_spiking.action_space)}
 
 
-def _check_env(name: str, env: VecEnv) -> None:
+def check_env(name: str, env: VecEnv, check: Callable[[spaces.Space, spaces.Space], None] = check_spaces) -> None:
     """Raises ValueError for an environment that a stage could not learn in, or whose agent no file could hold."""
     observations, actions = env.observation_space, env.action_space
     try:
-        check_spaces(observations, actions)
+        check(observations, actions)
         check_space(observations)
         check_space(actions)
     except ValueError as error:

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from pathlib import Path
-from typing import ClassVar
+from typing import Any
 
 import numpy as np
-from stable_baselines3 import DQN
 from stable_baselines3.common.logger import configure
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
 from snn_rl.base.files import atomic, read_json, write_json
 from snn_rl.base.progress import bar, one_line
 from snn_rl.rl.evaluation import spiking_network
 from snn_rl.rl.policy_file import load_policy, save_policy
+from snn_rl.rl.recurrent import RecurrentLearner
 from snn_rl.runs._run import BEST, CHECKPOINT, MODEL, History, Run
 from snn_rl.runs.averaging import WeightAverage
 from snn_rl.runs.callbacks import StageCallback
@@ -34,8 +35,8 @@ PROTOCOL = "greedy, one episode per seed, seeds unseen in training and selection
 class AgentTraining(Training):
     """A stage that trains an SB3 ``algorithm``."""
 
-    algorithm: ClassVar[type[DQN]]
-    model: DQN
+    algorithm: type[OffPolicyAlgorithm]
+    model: OffPolicyAlgorithm
     history: History
     average: WeightAverage | None = None  # the moving average of the weights, where the recipe wants one
 
@@ -44,7 +45,7 @@ class AgentTraining(Training):
         self.run = run
 
     @abstractmethod
-    def new(self, env: VecEnv) -> DQN:
+    def new(self, env: VecEnv) -> OffPolicyAlgorithm:
         """The algorithm before its first step in ``env``."""
 
     def resumed(self, env: VecEnv) -> None:
@@ -90,7 +91,7 @@ class AgentTraining(Training):
         history.curve = {key: [values[n] for n in kept] for key, values in history.curve.items()}
         history.validation = [[at, mean] for at, mean in history.validation if at <= steps]
         if (folder / BEST).is_file():  # perhaps of a validation that was made since, and is as true
-            history.note(*run.load(self.algorithm, folder / BEST).validated)  # type: ignore[attr-defined]
+            history.note(*run.load(self.algorithm, folder / BEST).validated)
         # Not the same episodes, exploration and replayed windows once more, which the stage began with.
         draw = np.random.default_rng([run.seed, steps, getattr(model, "distilled", 0)])
         model.set_random_seed(int(draw.integers(2**31)))
@@ -101,7 +102,9 @@ class AgentTraining(Training):
         return self.done()
 
     def _average(self) -> WeightAverage | None:
-        return WeightAverage(self.model.q_net, self.average_updates) if self.average_updates else None
+        model: Any = self.model
+        net: Any = model.net if isinstance(model, RecurrentLearner) else model.q_net
+        return WeightAverage(net, self.average_updates) if self.average_updates else None
 
     def save(self, *, replay: bool = True) -> None:
         """Write a checkpoint; without ``replay`` where that stands already and has not changed."""
@@ -158,7 +161,12 @@ class AgentTraining(Training):
 
 
 def save_checkpoint(
-    folder: Path, model: DQN, history: History, average: WeightAverage | None = None, *, replay: bool = True
+    folder: Path,
+    model: OffPolicyAlgorithm,
+    history: History,
+    average: WeightAverage | None = None,
+    *,
+    replay: bool = True,
 ) -> None:
     """Replay and history first, model last: a checkpoint counts where its model stands."""
     if replay:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,13 @@ from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.dqn.policies import DQNPolicy
 
-from snn_rl.base.progress import one_line
-from snn_rl.rl import ConvExtractor, SequenceReplayBuffer, SpikingDQNPolicy
+from snn_rl.rl import Actor, ConvExtractor, SequenceReplayBuffer, actor_of, teacher_of
 from snn_rl.rl.dead_units import without_dead_units
+from snn_rl.rl.heads import QValues
+from snn_rl.rl.network import layers_of
 from snn_rl.rl.policy_file import check_storable, load_policy
 from snn_rl.rl.replay import frame_stack_of
+from snn_rl.rl.zips import read_zip
 from snn_rl.runs._run import History, Run, channels_last
 from snn_rl.runs.agent_training import AgentTraining
 from snn_rl.runs.recipe import AnnConfig, Recipe, SnnConfig
@@ -33,6 +34,7 @@ class Ann(AgentTraining):
     """Trained by DQN."""
 
     algorithm = DQN
+    model: DQN
 
     def new(self, env: VecEnv) -> DQN:
         return new_ann(self.run, env)
@@ -138,44 +140,44 @@ def load_ann(this: Run, stage: Stage, path: Path) -> DQN:
         raise ValueError(f"no file at {path}; --ann takes {ANN_FILES}")
     env = this.env(stage, 1, 0)
     try:
-        source = "was trained"
-        if path.suffix == ".safetensors":
-            loaded = load_policy(path)
-            policy: DQNPolicy = loaded.policy
-            if recipe := loaded.metadata["provenance"].get("recipe"):
-                source = f"is of the recipe {recipe!r}, trained"
-        else:
-            model = _read_zip(path, this.device)
-            policy = model.policy
-        if isinstance(policy, SpikingDQNPolicy):
-            raise ValueError(f"{path} holds a spiking agent; --ann takes an ANN: {ANN_FILES}")
-        try:
-            check_storable(policy)
-        except ValueError as error:
-            raise ValueError(f"{path} cannot take the ANN stage's place: {error}") from error
-        for name in ("observation_space", "action_space"):
-            ours, theirs = getattr(policy, name), getattr(env, name)
-            if ours != theirs:
-                raise ValueError(f"{path} {source} with {name} {ours}, but {this.recipe.name} has {theirs}")
-        if path.suffix == ".safetensors":
-            names = ("net_arch", "features_extractor_class", "features_extractor_kwargs", "normalize_images")
-            kwargs = {name: getattr(policy, name) for name in names}
-            gamma, eps = this.recipe.ann.gamma, this.recipe.ann.exploration_eps
-            model = DQN(DQNPolicy, env, gamma=gamma, buffer_size=1, policy_kwargs=kwargs, device=this.device)
-            model.exploration_rate = eps  # as a training leaves it
-            for q_net in (model.q_net, model.q_net_target):
-                q_net.load_state_dict(policy.q_net.state_dict())
+        actor = _actor_of_file(this, path, env)
+        if not isinstance(actor.head, QValues):
+            raise ValueError(
+                f"{path} holds no DQN; --ann takes {ANN_FILES}. snn-rl spike takes agents of any algorithm"
+            )
+        kwargs = {
+            "net_arch": list(actor.net_arch),
+            "features_extractor_class": actor.features_extractor_class,
+            "features_extractor_kwargs": actor.features_extractor_kwargs,
+            "normalize_images": actor.normalize_images,
+        }
+        if actor.activation is not None:
+            kwargs["activation_fn"] = actor.activation
+        gamma, eps = this.recipe.ann.gamma, this.recipe.ann.exploration_eps
+        model = DQN(DQNPolicy, env, gamma=gamma, buffer_size=1, policy_kwargs=kwargs, device=this.device)
+        model.exploration_rate = eps  # as a training leaves it
+        for q_net in (model.q_net, model.q_net_target):
+            layers_of(q_net.features_extractor, q_net.q_net).load_state_dict(actor.network.state_dict())
+        check_storable(model)
+    except ValueError as error:
+        named = str(error).startswith(str(path))
+        raise ValueError(str(error) if named else f"{path} cannot take the ANN stage's place: {error}") from error
     finally:
         env.close()
     return model
 
 
-def _read_zip(path: Path, device: str) -> DQN:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a spiking agent, say, which the caller refuses
-            return DQN.load(path, device=device)
-    except Exception as error:  # unpickling a foreign file may raise anything
-        raise ValueError(
-            f"{path} is not a readable SB3 DQN: it is damaged, or of another algorithm ({one_line(error)})"
-        ) from error
+def _actor_of_file(this: Run, path: Path, env: VecEnv) -> Actor:
+    if path.suffix != ".safetensors":
+        return actor_of(read_zip(path, env.observation_space, env.action_space, device=this.device).policy)
+    loaded = load_policy(path, this.device)
+    recipe = loaded.metadata["provenance"].get("recipe")
+    source = f"is of the recipe {recipe!r}, trained" if recipe else "was trained"
+    for name in ("observation_space", "action_space"):
+        ours, theirs = getattr(loaded, name), getattr(env, name)
+        if ours != theirs:
+            raise ValueError(f"{path} {source} with {name} {ours}, but {this.recipe.name} has {theirs}")
+    actor = teacher_of(loaded).actor
+    if actor is None:
+        raise ValueError(f"{path} holds a spiking agent; --ann takes an ANN: {ANN_FILES}")
+    return actor

@@ -126,7 +126,7 @@ class StageCallback(BaseCallback):
             self.env = self.run.env(self.stage, recipe.validation_episodes, VALIDATION_SEEDS)
         self.env.seed(VALIDATION_SEEDS + self.run.seed * SEEDS_PER_RUN)  # the same episodes at every validation
         with nullcontext() if self.average is None else self.average.in_place():
-            mean = self.run.evaluate(self.model, self.env, recipe.validation_episodes).mean  # type: ignore[arg-type]
+            mean = self.run.evaluate(self.model, self.env, recipe.validation_episodes).mean
             best = self.history.best
             self.history.note(self.num_timesteps, mean)
             LOG.info("%s after %d steps: %s on validation", self.stage.name, self.num_timesteps, digits(mean))

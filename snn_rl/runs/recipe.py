@@ -6,13 +6,14 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from snn_rl.base.fields import amount, check_fields, count, fraction, percent, positive, real, switch
 from snn_rl.base.limits import MAX_EPISODE_STEPS, MAX_TIMESTEPS
 from snn_rl.base.progress import one_line
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
     from stable_baselines3.common.vec_env import VecEnv
 
 # Disjoint ranges, a thousand environments apart for each run: what is reported was never trained or selected on.
@@ -94,15 +95,16 @@ class SnnConfig:
     burn_in: int = count(4, at_least=0)  # frames of a window before those, which only warm up the membrane potentials
     train_every: int = count(8)  # environment steps between trainings
     gradient_steps: int = count(4)  # gradient steps per training
-    n_steps: int = count(3)  # rewards that an n-step return adds up
-    target_update_every: int = count(500)  # environment steps between updates of the target network
+    n_steps: int = count(3)  # with rewards: how many an n-step return adds up
+    target_update_every: int = count(500)  # with rewards: environment steps between updates of the target network
     exploration_eps: float = fraction(0.04)  # share of random actions in the stage's own play
     # restart half of the training environments after this many of their steps; 0: never
     restart_every: int = count(0, at_least=0)
-    td_weight: float = amount(0.0)  # weight of the temporal-difference loss, which learns from rewards
-    distillation_weight: float = amount(1.0)  # weight of the distillation loss, which learns the ANN's Q-values
-    # softmax temperature of the distillation loss; the lower it is, the more the best action counts
-    distillation_temperature: float = positive(0.5)
+    # learn from rewards, too, by SpikingDQN; otherwise from the teacher alone
+    rewards: bool = switch(False)
+    td_weight: float = amount(1.0)  # with rewards: weight of the temporal-difference loss
+    # with rewards: weight of the distillation loss, which learns the ANN's Q-values
+    distillation_weight: float = amount(1.0)
     average_updates: int = count(0, at_least=0)  # as ann.average-steps, but in gradient steps; 0: no average
     spike_weight: float = amount(0.0)  # weight of the spikes per neuron and frame in the loss; higher: less energy
     adam_eps: float = amount(1e-8)  # epsilon of the Adam optimizer
@@ -163,7 +165,7 @@ class Recipe:
             if not isinstance(frames, int) or frames < 1:
                 raise ValueError(f"{prefix}.frame_stack must be >= 1, got {frames}")
         snn = self.snn
-        if not snn.td_weight and not snn.distillation_weight:
+        if snn.rewards and not snn.td_weight and not snn.distillation_weight:
             raise ValueError("snn.td_weight and snn.distillation_weight must not both be 0: nothing would be learnt")
         if snn.play_learning_rate > snn.learning_rate:
             raise ValueError(
@@ -248,8 +250,8 @@ class Recipe:
         """The least that fields may be so that the replay holds a window of each environment."""
         seen, stacked = (int(kwargs.get("frame_stack", 1)) for kwargs in (self.env_kwargs, self.ann_env_kwargs))
         snn = self.snn
-        window = snn.burn_in + snn.sequence_length + snn.n_steps
-        distils = snn.distillation_weight and snn.distillation_updates
+        window = snn.burn_in + snn.sequence_length + (snn.n_steps if snn.rewards and snn.td_weight else 0)
+        distils = (snn.distillation_weight or not snn.rewards) and snn.distillation_updates
         needs_play = distils or (snn.keep_rates and len(self.schedule) > 1)
         return {
             "ann.buffer_size": (max(seen, stacked) + 1)
@@ -311,8 +313,57 @@ class Recipe:
         """Every field that JSON can hold: all but the function that builds the environment."""
         config = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del config["make_env"]
-        inner = {name: dataclasses.asdict(config[name]) for name in ("network", "ann", "snn")}
+        inner = {name: dataclasses.asdict(value) for name, value in config.items() if is_config(value)}
         return {**config, **inner}
+
+
+# One set of numbers for every teacher and environment.
+SPIKING = SnnConfig(
+    percentile=99.0,
+    leak=0.75,
+    parent_steps=8_000,
+    distillation_updates=1_500,
+    env_steps=16_000,
+    gradient_steps=2,
+    batch_size=32,
+)
+FRESH = SnnConfig(
+    parent_steps=16_000,
+    parent_eps=0.0,
+    distillation_updates=2_000,
+    env_steps=16_000,
+    gradient_steps=2,
+    batch_size=256,
+    sequence_length=1,
+    burn_in=0,
+)
+
+
+@dataclass(frozen=True)
+class SpikeRecipe(Recipe):
+    """How a given agent is made to spike. ``network`` is the new one that it teaches where its own does not convert."""
+
+    num_envs: int = count(8)
+    network: NetworkConfig = field(default_factory=lambda: NetworkConfig(net_arch=(256, 256)))
+    snn: SnnConfig = SPIKING
+    fresh: SnnConfig = FRESH  # the stage of the new network
+    schedule: tuple[int, ...] = (5, 3, 1)
+    validate_every: int = count(4_000)
+    eval_episodes: int = count(100)
+    cpu_threads: int | None = count(1, optional=True)
+
+    def smoke(self) -> SpikeRecipe:
+        fresh = dataclasses.replace(
+            self.fresh, parent_steps=256, distillation_updates=4, env_steps=256, buffer_size=2_000
+        )
+        smoke = super().smoke()
+        assert isinstance(smoke, SpikeRecipe)
+        return dataclasses.replace(smoke, fresh=fresh)
+
+
+def is_config(value: object) -> TypeGuard[DataclassInstance]:
+    """Whether ``value`` is a dataclass, and no class."""
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
 def check_schedule(schedule: Sequence[int]) -> None:

@@ -18,14 +18,17 @@ from snn_rl.core.activity import Activity
 
 @dataclass(frozen=True)
 class Stage:
-    """``timesteps`` is None for the ANN."""
+    """``timesteps`` is None for the ANN and the teacher."""
 
     timesteps: int | None
     parent: str | None  # a stage's name, or the file that stands for the ANN stage's parent
     variant: str = ""  # what sets it apart from the stage of the same timesteps
+    is_teacher: bool = False  # a given agent, which is only evaluated
 
     @property
     def name(self) -> str:
+        if self.is_teacher:
+            return "teacher"
         return ("ann" if self.timesteps is None else f"T{self.timesteps}") + self.variant
 
 

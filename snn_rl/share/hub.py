@@ -43,11 +43,13 @@ def export(
     video_steps: int = 500,
     protocol: str = "greedy, one episode per seed",
     repo_id: str | None = None,
+    by_id: bool = False,
 ) -> dict[str, Any]:
     """Play the policy in ``file`` and write it with its card, config, results and video into ``folder``, atomically.
 
     ``video_steps`` of 0 leave the video out, as does a missing writer of mp4. ``repo_id`` is where the card says that
-    the policy is to be had. Returns what ``results.json`` holds. A folder that `export` wrote is replaced.
+    the policy is to be had. ``by_id``: the card's example builds the environment by its id in gymnasium, not by the
+    recipe. Returns what ``results.json`` holds. A folder that `export` wrote is replaced.
 
     Raises:
         ValueError: numbers out of range, a file that is no policy, a folder with anything else in it.
@@ -92,7 +94,7 @@ def export(
         if filmed:
             _film(shipped, build, seed, temporary / VIDEO, video_steps)
         with atomic(temporary / CARD) as path:
-            path.write_text(_card(shipped, env_id, played, protocol, repo_id), encoding="utf-8")
+            path.write_text(_card(shipped, env_id, played, protocol, repo_id, by_id=by_id), encoding="utf-8")
     return results
 
 
@@ -143,7 +145,7 @@ def push(folder: Path, repo_id: str) -> str:
 
 def _need_client() -> None:
     if find_spec("huggingface_hub") is None:
-        raise ValueError("a model repository needs the package huggingface_hub: pip install -e '.[hub]'")
+        raise ValueError("a model repository needs the package huggingface_hub: pip install 'snn_rl[hub]'")
 
 
 def _check_ours(folder: Path) -> None:
@@ -214,7 +216,9 @@ def _film(policy: LoadedPolicy, build: Builder, seed: int, path: Path, steps: in
         env.close()
 
 
-def _card(policy: LoadedPolicy, env_id: str, played: Evaluation, protocol: str, repo_id: str | None) -> str:
+def _card(
+    policy: LoadedPolicy, env_id: str, played: Evaluation, protocol: str, repo_id: str | None, *, by_id: bool
+) -> str:
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     value = f"{played.mean:.2f} +/- {played.std:.2f}"
@@ -263,22 +267,27 @@ def _card(policy: LoadedPolicy, env_id: str, played: Evaluation, protocol: str, 
             "",
             f'path = hf_hub_download("{repo_id}", "{POLICY}")',
         ]
+    if by_id:
+        needs, finds = "With snn_rl installed.", "from snn_rl.runs.registered import registered"
+        builds = f"registered({json.dumps(env_id)})(1, seed=0, **kwargs)"
+    else:
+        needs, finds = "From a checkout of snn_rl, whose recipe builds the environment.", "from agents import RECIPES"
+        builds = f"RECIPES[{json.dumps(provenance.get('recipe'))}].build_env(1, 0, **kwargs)"
     lines += [
         "",
         "## Use",
         "",
-        "From a checkout of snn_rl, whose recipe builds the environment. Loading runs no code from the file.",
+        f"{needs} Loading runs no code from the file.",
         "",
         "```python",
         *where[:-1],
         "from stable_baselines3.common.evaluation import evaluate_policy",
-        "from agents import RECIPES",
-        "from snn_rl import load_policy",
+        *sorted((finds, "from snn_rl import load_policy")),
         "",
         where[-1],
         "policy = load_policy(path)",
         'kwargs = policy.metadata["provenance"]["env_kwargs"]',
-        f"env = RECIPES[{json.dumps(provenance.get('recipe'))}].build_env(1, 0, **kwargs)",
+        f"env = {builds}",
         "print(evaluate_policy(policy, env, n_eval_episodes=5))",
         "```",
         "",

@@ -14,5 +14,5 @@ def register() -> None:
     except ModuleNotFoundError as error:
         if error.name != "rl_zoo3":
             raise
-        raise ValueError("rl_zoo3 is not installed: pip install -e '.[zoo]'") from None
+        raise ValueError("rl_zoo3 is not installed: pip install 'snn_rl[zoo]'") from None
     ALGOS[NAME] = SpikingDQN  # one dictionary, which all of its modules import
