@@ -209,25 +209,31 @@ class SpikingDQN(RecurrentLearner, DQN):
         assert self.replay_buffer is not None
         if not self.replay_buffer.holds_windows(self.window_length):
             return
-        distils = self.teacher is not None and self.distillation_weight > 0
-        if not distils and not self.td_weight:
-            raise ValueError("distillation needs a teacher: assign the ANN or the parent, an agent, to `.teacher`")
+        if not self.td_weight:
+            self.check_labelled()
         self._update_learning_rate(self.policy.optimizer)
-
-        def loss(windows: Windows) -> Tensor:
-            q_t, state, cost = self._unroll_learning(windows)
-            if self.td_weight:
-                cost = cost + self.td_weight * self._td_loss(windows, q_t, state)
-            if distils:
-                cost = cost + self.distillation_weight * self._distillation_loss(windows, q_t)
-            return cost
-
-        key = ("dqn", distils, self.td_weight, self.distillation_weight, self.gamma, self.n_steps)
+        key = ("dqn", self._distils, self.td_weight, self.distillation_weight, self.gamma, self.n_steps)
         losses = []
         for _ in range(gradient_steps):
             log_spikes = self._n_updates % SPIKES_EVERY == 0
-            losses.append(self._update(loss, key, batch_size, log_spikes=log_spikes))
+            losses.append(self._update(self._loss, key, batch_size, log_spikes=log_spikes))
         self._record(losses)
+
+    @property
+    def _needs_teacher(self) -> bool:
+        return not self.td_weight
+
+    @property
+    def _distils(self) -> bool:
+        return self.distillation_weight > 0 and (self.teacher is not None or self._needs_teacher)
+
+    def _loss(self, windows: Windows) -> Tensor:
+        q_t, state, cost = self._unroll_learning(windows)
+        if self.td_weight:
+            cost = cost + self.td_weight * self._td_loss(windows, q_t, state)
+        if self._distils:
+            cost = cost + self.distillation_weight * self._distillation_loss(windows, q_t)
+        return cost
 
     def _append_tail(self, q_net: SpikingQNetwork, windows: Windows, q_t: Tensor, state: State) -> Tensor:
         """``q_t`` and, behind it, the Q-values of the n frames that only bootstrap; without gradient."""

@@ -64,6 +64,11 @@ class RecurrentLearner(OffPolicyAlgorithm):
         self._actor: Player | None = None  # who acts in place of this agent, while `collect` runs
 
     @property
+    def _needs_teacher(self) -> bool:
+        """Whether nothing is learnt from the agent's own play without one."""
+        return True
+
+    @property
     def net(self) -> StatefulNetwork:
         """The network that is trained."""
         return self.policy.net
@@ -134,6 +139,8 @@ class RecurrentLearner(OffPolicyAlgorithm):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
+        if self._needs_teacher and self._teacher is None and self._actor is None:  # said before the first step
+            raise ValueError("distillation needs a teacher: assign an agent to `.teacher`")
         result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         assert self._last_episode_starts is not None
         if self._last_episode_starts.all():  # the environments were just reset, perhaps another number of them

@@ -100,8 +100,7 @@ class SnnConfig:
     exploration_eps: float = fraction(0.04)  # share of random actions in the stage's own play
     # restart half of the training environments after this many of their steps; 0: never
     restart_every: int = count(0, at_least=0)
-    # learn from rewards, too, by SpikingDQN; otherwise from the teacher alone
-    rewards: bool = switch(False)
+    rewards: bool = switch(False)  # learn from rewards, too, by SpikingDQN; otherwise from the teacher alone
     td_weight: float = amount(1.0)  # with rewards: weight of the temporal-difference loss
     # with rewards: weight of the distillation loss, which learns the ANN's Q-values
     distillation_weight: float = amount(1.0)

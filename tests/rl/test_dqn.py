@@ -535,7 +535,7 @@ def test_collect_leaves_the_learning_rate_at_its_start(ann: DQN) -> None:
     agent = SpikingDQN.from_ann(ann, cartpole(2), **{**TINY, "policy_kwargs": {}, "learning_rate": schedule})
     agent.teacher = ann
     agent.collect(ann, 200)
-    agent.distill(1)
+    agent.distil(1)
     assert agent.policy.optimizer.param_groups[0]["lr"] == 1e-2
 
 
@@ -565,7 +565,7 @@ def test_the_teacher_is_not_changed_by_teaching(ann: DQN, tmp_path: Path) -> Non
     agent = SpikingDQN.from_ann(ann, cartpole(2), **{**TINY, "policy_kwargs": {}}, distillation_weight=1.0)
     agent.collect(ann, 200)
     agent.teacher = loaded
-    agent.distill(1)
+    agent.distil(1)
     assert not loaded.q_net.training
 
 
@@ -590,12 +590,12 @@ def test_distillation_brings_the_network_to_its_teacher(ann: DQN) -> None:
     kwargs = {**TINY, "policy_kwargs": {}, "learning_rate": 1e-3, "batch_size": 16}
     agent = SpikingDQN.from_ann(ann, cartpole(2), timesteps=2, distillation_weight=1.0, td_weight=0.0, **kwargs)
     with pytest.raises(ValueError, match="distillation needs a teacher: assign the ANN or the parent"):
-        agent.distill(1)
+        agent.distil(1)
     ann.exploration_rate = 0.3
     agent.collect(ann, 600)
     agent.teacher = ann
-    first = agent.distill(5)
-    last = agent.distill(200)
+    first = agent.distil(5)
+    last = agent.distil(200)
     assert last < 0.5 * first
     for online, target in zip(agent.q_net.parameters(), agent.q_net_target.parameters(), strict=True):
         assert torch.equal(online, target)
@@ -609,8 +609,8 @@ def test_distillation_follows_its_own_schedule_and_leaves_the_agents_alone(ann: 
     rates = []
     step = agent.policy.optimizer.step
     agent.policy.optimizer.step = lambda: (rates.append(agent.policy.optimizer.param_groups[0]["lr"]), step())  # type: ignore[method-assign]
-    agent.distill(4, lambda remaining: 1e-2 * remaining)
-    agent.distill(2)
+    agent.distil(4, lambda remaining: 1e-2 * remaining)
+    agent.distil(2)
     agent.train(1, 4)
     assert rates == pytest.approx([1e-2, 7.5e-3, 5e-3, 2.5e-3, 1e-4, 1e-4, 1e-4])
 
@@ -622,7 +622,7 @@ def test_a_spike_weight_saves_spikes(ann: DQN) -> None:
         agent = SpikingDQN.from_ann(ann, cartpole(2), timesteps=3, distillation_weight=1.0, td_weight=0.0, **kwargs)
         agent.collect(ann, 300)
         agent.teacher = ann
-        agent.distill(100)
+        agent.distil(100)
         with count_spikes(agent.q_net.network) as counter:
             agent.q_net.network(torch.randn(64, 4, generator=torch.Generator().manual_seed(0)))
         rate[weight] = sum(counter.rates().values())
@@ -641,7 +641,7 @@ def test_a_spiking_parent_can_teach(ann: DQN, tmp_path: Path) -> None:
     child.policy.load_state_dict(parent.policy.state_dict(), strict=True)
     child.teacher = parent
     child.collect(parent, 100)
-    assert child.distill(3) > 0
+    assert child.distil(3) > 0
     child.save(tmp_path / "child.zip")
     assert SpikingDQN.load(tmp_path / "child.zip", device="cpu").teacher is None  # it would be saved with it
 
@@ -696,7 +696,7 @@ def test_a_parent_hands_all_but_its_timesteps_on(ann: DQN) -> None:
     child.keep_rates(parent)
     assert child.q_net.network.lif_layers["q_1"].threshold < 0.6  # fewer micro-steps to fire as often in
     child.teacher = ann
-    child.distill(2)
+    child.distil(2)
     assert not torch.equal(parameters(child), parameters(parent))
 
 

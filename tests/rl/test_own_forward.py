@@ -104,7 +104,7 @@ def test_it_can_teach_instead() -> None:
     agent = SpikingDQN("MlpPolicy", "CartPole-v1", policy_kwargs={"net_arch": [8]}, **small, **taught)  # type: ignore[arg-type]
     agent.teacher = teacher
     agent.collect(teacher, 200)
-    assert agent.distill(2) > 0
+    assert agent.distil(2) > 0
 
 
 def test_layers_that_the_description_does_not_have_are_refused(tmp_path: Path) -> None:
