@@ -1,6 +1,7 @@
 """Fields of a recipe that say which values they take, and the check of all of them. Imports no torch.
 
-Each function returns a dataclass field with a default. None is a value only of a field whose default is None.
+Each function returns a dataclass field with a default. None is a value of a field whose default it is, or that is
+``optional``.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ T = TypeVar("T")
 CHECK = "check"  # in a field's metadata: from a value to what it must be, in words, or None where it is that
 
 
-def count(default: T, *, at_least: int = 1) -> T:
+def count(default: T, *, at_least: int = 1, optional: bool = False) -> T:
     """An integer."""
     words = f"be >= {at_least}"
-    return _field(default, lambda value: None if _is(int, value) and value >= at_least else words)
+    return _field(default, lambda value: None if _is(int, value) and value >= at_least else words, optional)
 
 
 def amount(default: T) -> T:
@@ -62,15 +63,15 @@ def check_fields(config: Any, prefix: str = "") -> None:
         value, check = getattr(config, field.name), field.metadata.get(CHECK)
         if dataclasses.is_dataclass(value):
             check_fields(value, f"{prefix}{field.name}.")
-            continue
-        if check is None or (value is None and field.default is None):
-            continue
-        if (wanted := check(value)) is not None:
+        if check is not None and (wanted := check(value)) is not None:
             raise ValueError(f"{prefix}{field.name} must {wanted}, got {value!r}")
 
 
-def _field(default: T, check: Callable[[Any], str | None]) -> T:
-    return dataclasses.field(default=default, metadata={CHECK: check})
+def _field(default: T, check: Callable[[Any], str | None], optional: bool = False) -> T:
+    def checked(value: Any) -> str | None:
+        return None if value is None and (optional or default is None) else check(value)
+
+    return dataclasses.field(default=default, metadata={CHECK: checked})
 
 
 def _is(kind: type, value: Any) -> bool:

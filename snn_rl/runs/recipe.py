@@ -349,7 +349,7 @@ class SpikeRecipe(Recipe):
     schedule: tuple[int, ...] = (5, 3, 1)
     validate_every: int = count(4_000)
     eval_episodes: int = count(100)
-    cpu_threads: int | None = count(1)
+    cpu_threads: int | None = count(1, optional=True)
 
     def smoke(self) -> SpikeRecipe:
         fresh = dataclasses.replace(

@@ -9,7 +9,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import pytest
 
 from snn_rl.base.fields import CHECK, amount, check_fields, choice, count, fraction, percent, positive, real, switch
-from snn_rl.runs.recipe import AnnConfig, NetworkConfig, Recipe, SnnConfig
+from snn_rl.runs.recipe import AnnConfig, NetworkConfig, Recipe, SnnConfig, SpikeRecipe
 from snn_rl.vision.recipe import AnnTraining, SnnTraining, VisionRecipe
 
 
@@ -24,6 +24,7 @@ class Config:
     steps: int = count(8)
     start: int = count(0, at_least=0)
     budget: int | None = count(None)
+    threads: int | None = count(1, optional=True)
     norm: float = positive(1.0)
     target: float | None = real(None)
     share: float = fraction(0.5)
@@ -76,6 +77,7 @@ def test_a_value_that_a_field_does_not_take_is_one_line(changes: dict[str, Any],
     [
         {},
         {"budget": 1, "target": -21.0, "start": 5},
+        {"threads": None, "budget": None, "target": None},
         {"share": 0, "part": 100, "norm": 1e-9},
         {"share": 1.0, "on": True, "kind": "b", "inner": Inner(0.0)},
     ],
@@ -85,7 +87,9 @@ def test_values_at_the_ends_of_their_ranges_are_taken(changes: dict[str, Any]) -
     assert {name: getattr(made, name) for name in changes} == changes
 
 
-@pytest.mark.parametrize("kind", [NetworkConfig, AnnConfig, SnnConfig, Recipe, AnnTraining, SnnTraining, VisionRecipe])
+@pytest.mark.parametrize(
+    "kind", [NetworkConfig, AnnConfig, SnnConfig, Recipe, SpikeRecipe, AnnTraining, SnnTraining, VisionRecipe]
+)
 def test_every_number_and_switch_of_a_recipe_is_checked(kind: type) -> None:
     hints = get_type_hints(kind)
     for field in dataclasses.fields(kind):
@@ -95,4 +99,5 @@ def test_every_number_and_switch_of_a_recipe_is_checked(kind: type) -> None:
             check = field.metadata[CHECK]
             assert check("1") is not None, field.name
             assert check(NAN) is not None, field.name
-            assert check(field.default) is None or field.default is None
+            assert check(field.default) is None, field.name
+            assert (check(None) is None) == (type(None) in get_args(hint)), field.name

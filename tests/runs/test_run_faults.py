@@ -36,7 +36,7 @@ from stable_baselines3.common.vec_env import (
 from agents import RECIPES
 from snn_rl import SpikingDQN, load_policy
 from snn_rl.base.progress import bar, digits, show_log
-from snn_rl.runs import life, spiking, task
+from snn_rl.runs import life, task, taught
 from snn_rl.runs._run import Run
 from snn_rl.runs.agent import run
 from snn_rl.runs.agent_training import AgentTraining
@@ -560,7 +560,7 @@ def test_a_kill_within_a_piece_of_distillation_costs_a_minute_of_it(
     folder = tmp_path / "run"
     subprocess.run(["cp", "-r", str(whole), str(folder)], check=True)
     (folder / "T1" / "metrics.json").unlink()
-    monkeypatch.setattr(spiking, "DISTILLATION_PIECES", 1)
+    monkeypatch.setattr(taught, "DISTILLATION_PIECES", 1)
     update, rates = SpikingDQN._update, []
 
     def slow(self: SpikingDQN, td_weight: float, *args: Any, **kwargs: Any) -> float:
