@@ -13,6 +13,8 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from snn_rl.base.progress import one_line
 from snn_rl.rl.evaluation import Agent, Evaluation, evaluate
+from snn_rl.rl.heads import QValues
+from snn_rl.rl.preferences import as_preferences
 from snn_rl.rl.restarts import RestartingVecEnv
 from snn_rl.rl.teacher import Teacher, teacher_of
 from snn_rl.runs import task
@@ -67,7 +69,14 @@ class Run(task.Run):
     def teacher(self, env: VecEnv) -> Teacher:
         """Who labels what is played in ``env``, a stage's environment: the ANN, or the agent that was given."""
         if self.given is not None:
-            return self.given.load(env, self.device)
+            teacher = self.given.load(env, self.device)
+            if not isinstance(teacher.head, QValues):
+                return teacher
+            played_in = self.recipe.build_env(self.recipe.num_envs, self.first_seed)  # the same play at every stage
+            try:
+                return as_preferences(teacher, played_in)
+            finally:
+                played_in.close()
         return teacher_of(self.ann(), env.observation_space)
 
     def is_taught(self, stage: str) -> bool:

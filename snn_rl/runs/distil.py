@@ -10,6 +10,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor, Ve
 
 from snn_rl.rl.environments import transposed
 from snn_rl.rl.evaluation import Evaluation, evaluate, is_monitored
+from snn_rl.rl.preferences import as_preferences
 from snn_rl.rl.recurrent import check_same_spaces
 from snn_rl.rl.spaces import check_observation_space
 from snn_rl.rl.statistics import Statistics
@@ -84,6 +85,7 @@ def distil(
     check_same_spaces(venv, labels)
     if statistics is not None and labels.statistics is None and isinstance(labels, PolicyTeacher | RecurrentTeacher):
         labels.statistics = statistics
+    labels = as_preferences(labels, venv)
     played_in = venv if eval_env is None else _without_normalization(eval_env)[0]
     stages = [StageResult("teacher", labels, evaluate(labels, played_in, episodes))]
     agent: Student | None = None
