@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, TypeVar
 
-import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3 import DQN
-from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
-from stable_baselines3.dqn.policies import DQNPolicy
 from torch import Tensor
 from torch.nn import functional as F
 
 from snn_rl.core.convert import DEFAULT_LEAK, DEFAULT_PERCENTILE
 from snn_rl.core.network import State
 from snn_rl.rl.losses import n_step_returns
-from snn_rl.rl.network import NumpyState, layers_of
-from snn_rl.rl.policy import CnnPolicy, MlpPolicy, SpikingDQNPolicy, SpikingQNetwork, check_forwards
+from snn_rl.rl.network import layers_of
+from snn_rl.rl.policy import CnnPolicy, MlpPolicy, SpikingDQNPolicy, SpikingQNetwork, StatefulPolicy, check_forwards
 from snn_rl.rl.recurrent import SPIKES_EVERY, RecurrentLearner, check_same_spaces
 from snn_rl.rl.replay import SequenceReplayBuffer, Windows
 from snn_rl.rl.spaces import check_spaces
@@ -188,20 +185,6 @@ class SpikingDQN(RecurrentLearner, DQN):
         """Frames of a window that only bootstrap the n-step returns of those before them."""
         return self.n_steps if self.td_weight else 0
 
-    def predict(
-        self,
-        observation: np.ndarray | dict[str, np.ndarray],
-        state: NumpyState | None = None,
-        episode_start: np.ndarray | None = None,
-        deterministic: bool = False,
-    ) -> tuple[np.ndarray, NumpyState]:
-        """Actions and membranes, as `SpikingDQNPolicy.predict`; epsilon-greedy unless ``deterministic``.
-
-        Each environment draws for itself, and the network always runs: a random action must not freeze the membranes.
-        """
-        actions, state = self.policy.predict(observation, state, episode_start, deterministic)
-        return actions if deterministic else self._explore(actions, self.exploration_rate), state
-
     # --- learning
 
     def train(self, gradient_steps: int, batch_size: int = 8) -> None:
@@ -212,11 +195,10 @@ class SpikingDQN(RecurrentLearner, DQN):
         if not self.td_weight:
             self.check_labelled()
         self._update_learning_rate(self.policy.optimizer)
-        key = ("dqn", self._distils, self.td_weight, self.distillation_weight, self.gamma, self.n_steps)
         losses = []
         for _ in range(gradient_steps):
             log_spikes = self._n_updates % SPIKES_EVERY == 0
-            losses.append(self._update(self._loss, key, batch_size, log_spikes=log_spikes))
+            losses.append(self._update(self._loss, self._loss_key, batch_size, log_spikes=log_spikes))
         self._record(losses)
 
     @property
@@ -226,6 +208,11 @@ class SpikingDQN(RecurrentLearner, DQN):
     @property
     def _distils(self) -> bool:
         return self.distillation_weight > 0 and (self.teacher is not None or self._needs_teacher)
+
+    @property
+    def _loss_key(self) -> tuple[Any, ...]:
+        """All that `_loss` depends on beside the windows and the weights."""
+        return "dqn", self._distils, self.td_weight, self.distillation_weight, self.gamma, self.n_steps
 
     def _loss(self, windows: Windows) -> Tensor:
         q_t, state, cost = self._unroll_learning(windows)
@@ -329,8 +316,8 @@ class SpikingDQN(RecurrentLearner, DQN):
     ) -> SelfSpikingDQN:
         """Temporal pruning: the weights, thresholds and leaks of ``parent`` at fewer micro-steps, to be trained on.
 
-        ``kwargs`` are this class's own arguments; gamma and the network's options are the parent's. `collect` its play,
-        then `keep_rates` lowers the thresholds.
+        ``kwargs`` are this class's own arguments; gamma and the network's options are the parent's. The parent's
+        teacher becomes this agent's. `collect` the parent's play, then `keep_rates` lowers the thresholds.
 
         Raises:
             ValueError: a parent that does not spike, ``timesteps`` that are not fewer, or spaces that are not its.
@@ -351,6 +338,7 @@ class SpikingDQN(RecurrentLearner, DQN):
         except RuntimeError as error:
             raise ValueError("the layers are the parent's: leave net_arch and the like out of policy_kwargs") from error
         model.q_net_target.load_state_dict(model.q_net.state_dict())
+        model.teacher = parent.teacher
         return model
 
     def keep_rates(self, parent: RecurrentLearner, windows: int = 64) -> None:
@@ -368,17 +356,12 @@ class SpikingDQN(RecurrentLearner, DQN):
 def _check_ann(agent: object) -> None:
     """Check that `SpikingDQN.from_ann` can convert the agent, as far as its type says."""
     policy = getattr(agent, "policy", None)
-    if isinstance(policy, SpikingDQNPolicy):
-        raise ValueError("the agent spikes already; SpikingDQN.from_parent takes it to fewer timesteps")
+    if isinstance(policy, StatefulPolicy) and policy.net.timesteps is not None:
+        raise ValueError("the agent spikes already; from_parent of its class takes it to fewer timesteps")
     if isinstance(agent, DQN):
         return
-    if isinstance(policy, DQNPolicy):  # a LoadedPolicy: DQN.load cannot read its file
-        hint = (
-            ", which only plays; load the agent's SB3 zip by DQN.load, or build a DQN of the same layers and copy the "
-            "weights by dqn.q_net.load_state_dict(loaded.policy.q_net.state_dict())"
-        )
-    elif isinstance(agent, BaseAlgorithm):
-        hint = ", whose network is no DQN's; collect takes it as an actor"
+    if isinstance(policy, BasePolicy):
+        hint = "; Student.from_ann takes agents of other algorithms, and policy files"
     else:
         hint = "; DQN.load makes one of an SB3 zip"
     raise ValueError(f"from_ann takes a stable_baselines3.DQN, got {named(agent)}{hint}")
@@ -388,9 +371,11 @@ def _check_spiking(agent: object, method: str) -> None:
     if isinstance(agent, SpikingDQN):
         return
     got, way_out = named(agent), "of an ANN, SpikingDQN.from_ann makes one"
-    if isinstance(getattr(agent, "policy", None), SpikingDQNPolicy):
-        if isinstance(agent, DQN):
-            got, way_out = "one that DQN.load has loaded", "load it by SpikingDQN.load"
-        else:  # a LoadedPolicy
-            way_out = "load the agent's SB3 zip by SpikingDQN.load"
+    policy = getattr(agent, "policy", None)
+    if isinstance(policy, SpikingDQNPolicy):
+        got, way_out = "one that DQN.load has loaded", "load it by SpikingDQN.load"
+    elif isinstance(agent, RecurrentLearner):
+        way_out = "of a Student, Student.from_parent takes it"
+    elif isinstance(policy, StatefulPolicy) and policy.net.timesteps is not None:  # a LoadedPolicy
+        way_out = "load the agent's SB3 zip by SpikingDQN.load"
     raise ValueError(f"{method} takes a SpikingDQN, got {got}; {way_out}")

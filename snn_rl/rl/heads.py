@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from snn_rl.rl.losses import distillation_loss
-from snn_rl.rl.spaces import UnsupportedSpaceError, in_one_line
+from snn_rl.rl.spaces import UnsupportedSpaceError, check_action_space, in_one_line
 
 
 class Head(ABC):
@@ -157,8 +157,9 @@ def head_of(kind: str, action_space: spaces.Space) -> Head:
     """The head of a ``kind`` in `HEADS` for an action space.
 
     Raises:
-        UnsupportedSpaceError: a space for which there is no such head.
+        UnsupportedSpaceError: a space for which there is no such head, or that `check_action_space` refuses.
     """
+    check_action_space(action_space)
     if kind == "values" and isinstance(action_space, spaces.Discrete):
         return QValues(action_space)
     if kind == "logits" and isinstance(action_space, spaces.Discrete | spaces.MultiDiscrete):

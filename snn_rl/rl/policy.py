@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from snn_rl.core.convert import DEFAULT_LEAK, spiking_architecture
 from snn_rl.core.network import SpikingNetwork
-from snn_rl.rl.heads import Head, QValues, head_of
+from snn_rl.rl.heads import Head, head_of
 from snn_rl.rl.network import ActorNetwork, Normalizer, NumpyState, StatefulNetwork, layers_of, numpy_state
 from snn_rl.rl.statistics import Statistics
 
@@ -313,7 +313,7 @@ class SpikingDQNPolicy(StatefulPolicy, DQNPolicy):
             optimizer_class,
             optimizer_kwargs,
         )
-        self.head = QValues(action_space)
+        self.head = head_of("values", action_space)
 
     @property
     def net(self) -> SpikingQNetwork:  # type: ignore[override]

@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from snn_rl.core.activity import count_spikes, spikes_per_neuron
 from snn_rl.core.network import SpikingNetwork, State
 from snn_rl.rl.captured import CapturedGradient, gradient
-from snn_rl.rl.network import StatefulNetwork
+from snn_rl.rl.heads import kind_of
+from snn_rl.rl.network import NumpyState, StatefulNetwork
 from snn_rl.rl.policy import StatefulPolicy
 from snn_rl.rl.policy_file import save_policy
 from snn_rl.rl.replay import SequenceReplayBuffer, Windows, frame_stack_of
 from snn_rl.rl.spaces import in_one_line
-from snn_rl.rl.teacher import Player, Teacher, named, teacher_of
+from snn_rl.rl.teacher import Player, Teacher, named, normalizes, teacher_of
 
 SelfLearner = TypeVar("SelfLearner", bound="RecurrentLearner")
 
@@ -42,6 +43,7 @@ class RecurrentLearner(OffPolicyAlgorithm):
     """
 
     policy: StatefulPolicy
+    exploration_rate: float
     replay_buffer: SequenceReplayBuffer | None
     sequence_length: int  # frames of a window that are trained on
     burn_in: int  # frames before them that only warm the membranes up, without gradient
@@ -124,6 +126,23 @@ class RecurrentLearner(OffPolicyAlgorithm):
 
     # --- acting
 
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: NumpyState | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, NumpyState]:
+        """Actions and membranes, as `StatefulPolicy.predict`; random at `exploration_rate` unless ``deterministic``.
+
+        Each environment draws for itself, and the network always runs: a random action must not freeze the membranes.
+        """
+        actions, state = self.policy.predict(observation, state, episode_start, deterministic)
+        if not deterministic:
+            batch = np.reshape(actions, (-1, *(self.action_space.shape or ())))  # one bare observation has one action
+            actions = self._explore(batch, self.exploration_rate).reshape(np.shape(actions))
+        return actions, state
+
     def _explore(self, actions: np.ndarray, rate: float) -> np.ndarray:
         """``actions`` (n_envs, ...), each replaced at the ``rate`` by a random one."""
         assert self._exploration is not None
@@ -154,7 +173,8 @@ class RecurrentLearner(OffPolicyAlgorithm):
         assert isinstance(self._last_obs, np.ndarray)
         starts, teacher = self._last_episode_starts, self._teacher
         if teacher is not None:
-            self._labels, self._next_teacher_state = teacher.label(self._last_obs, self._teacher_state, starts)
+            seen = self._as_seen_by(teacher, self._last_obs)
+            self._labels, self._next_teacher_state = teacher.label(seen, self._teacher_state, starts)
             if not np.isfinite(self._labels).all():
                 raise ValueError(
                     "the teacher's output holds NaN or infinity: its weights are damaged, or it was trained on other "
@@ -164,9 +184,18 @@ class RecurrentLearner(OffPolicyAlgorithm):
             assert self._labels is not None
             actions = teacher.head.actions(self._labels)
         else:
-            actions, self._next_state = self._greedy(actor, self._last_obs, self._last_state, starts)
+            seen = self._as_seen_by(actor, self._last_obs)
+            actions, self._next_state = self._greedy(actor, seen, self._last_state, starts)
         actions = self._explore(actions, 1.0 if self.num_timesteps < learning_starts else exploration_rate(actor))
         return actions, actions
+
+    def _as_seen_by(self, agent: Player, obs: np.ndarray) -> np.ndarray:
+        """The last observations ``obs`` of a ``VecNormalize``, as they were before it for who normalises them itself."""
+        if self._vec_normalize_env is None or not normalizes(agent):
+            return obs
+        original = self._vec_normalize_env.get_original_obs()
+        assert isinstance(original, np.ndarray)
+        return original
 
     def _greedy(
         self, actor: Player, obs: np.ndarray, state: Any, episode_start: np.ndarray | None
@@ -200,7 +229,7 @@ class RecurrentLearner(OffPolicyAlgorithm):
         for _ in range(-(-steps // self.n_envs)):
             assert isinstance(obs, np.ndarray)
             yield obs
-            actions, state = self._greedy(actor, obs, state, episode_start)
+            actions, state = self._greedy(actor, self._as_seen_by(actor, obs), state, episode_start)
             obs, _, episode_start, _ = self.env.step(self._explore(actions, exploration_rate(actor)))
 
     def collect(self, actor: Player, steps: int, callback: MaybeCallback = None) -> None:
@@ -251,7 +280,8 @@ class RecurrentLearner(OffPolicyAlgorithm):
         """Who labels what is played; None at first, and never saved with the agent.
 
         Assign a `Teacher`, an agent of SB3 or sb3-contrib of any algorithm, a spiking agent, or an SB3 policy. It
-        labels what is played from then on. Raises ValueError for anything else, and for one of other spaces.
+        labels what is played from then on. Raises ValueError for anything else, for one of other spaces, and for one
+        whose outputs mean something else than this agent's.
         """
         return self._teacher
 
@@ -260,6 +290,9 @@ class RecurrentLearner(OffPolicyAlgorithm):
         if teacher is not None:
             teacher = teacher_of(teacher, self.observation_space)
             check_same_spaces(self, teacher, "this agent", "the teacher has")
+            ours, theirs = kind_of(self.policy.head), kind_of(teacher.head)
+            if ours != theirs:
+                raise ValueError(f"this agent's outputs are {ours}, but the teacher's are {theirs}; use Student.fresh")
         self._teacher = teacher
         self._last_obs = None  # its state begins with an episode
 
@@ -464,7 +497,7 @@ def checked_actions(actions: Any, space: spaces.Space, n: int, who: str) -> np.n
             fits = bool(((array >= low) & (array <= high)).all())  # not where an action is NaN
         if fits:
             return array
-    shown = f"{' '.join(str(actions).split())[:80]} of {array.dtype}"
+    shown = f"{' '.join(str(array).split())[:80]} of {array.dtype}"
     if isinstance(space, spaces.Discrete):
         raise ValueError(
             f"{who} must choose one of the actions 0 to {space.n - 1} in each of {n} environments, got {shown}"

@@ -22,7 +22,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecFrameStack, VecNormalize
 from torch import Tensor
 
-from snn_rl.rl.spaces import channels_first, check_observation_space
+from snn_rl.rl.spaces import channels_first, check_action_space, check_observation_space
 
 
 def frame_stack_of(env: VecEnv) -> int:
@@ -73,8 +73,8 @@ class SequenceReplayBuffer(ReplayBuffer):
     Observations are kept unnormalised; samples are normalised by the ``VecNormalize`` passed in, as in SB3.
 
     Raises:
-        ValueError: observations that `check_observation_space` refuses, a size too small, or a stack that does not
-            divide the observation.
+        ValueError: observations or actions that `check_observation_space` or `check_action_space` refuses, a size too
+            small, or a stack that does not divide the observation.
     """
 
     def __init__(
@@ -92,6 +92,7 @@ class SequenceReplayBuffer(ReplayBuffer):
         label_size: int = 0,
     ) -> None:
         check_observation_space(observation_space)
+        check_action_space(action_space)
         # Not ReplayBuffer's own __init__, which takes memory for every stacked observation, twice.
         BaseBuffer.__init__(self, buffer_size, observation_space, action_space, device, n_envs=n_envs)
         self.buffer_size = buffer_size // n_envs  # slots per environment

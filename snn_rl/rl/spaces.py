@@ -9,7 +9,7 @@ from stable_baselines3.common.vec_env import VecTransposeImage
 
 
 class UnsupportedSpaceError(ValueError, AssertionError):
-    """A space that `SpikingDQN` cannot learn in. SB3's DQN raises an ``AssertionError`` there, so this is one too."""
+    """A space that an agent cannot learn in. SB3 raises an ``AssertionError`` there, so this is one too."""
 
 
 def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -> None:
@@ -25,12 +25,38 @@ def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) ->
         raise UnsupportedSpaceError(
             f"DQN needs a Discrete action space, got {in_one_line(action_space)}; discretise the actions first"
         )
-    if action_space.start != 0:  # SB3's DQN would play the first n integers from 0 on
-        raise UnsupportedSpaceError(
-            f"DQN needs Discrete actions from 0 on, got {in_one_line(action_space)}; wrap the environment in "
-            f"gymnasium.wrappers.TransformAction, to add {action_space.start} to each action"
-        )
+    check_action_space(action_space)
     check_observation_space(observation_space)
+
+
+def check_action_space(space: spaces.Space) -> None:
+    """Check that an agent can act in this space. Raises UnsupportedSpaceError.
+
+    Actions may be ``Box``, ``Discrete`` and ``MultiDiscrete`` from 0 on, and ``MultiBinary``.
+    """
+    if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
+        if np.any(space.start):  # SB3 would play the first n integers from 0 on
+            start = space.start if isinstance(space, spaces.Discrete) else space.start.tolist()
+            raise UnsupportedSpaceError(
+                f"an agent needs {type(space).__name__} actions from 0 on, got {in_one_line(space)}; wrap the "
+                f"environment in gymnasium.wrappers.TransformAction, to add {start} to each action"
+            )
+        if isinstance(space, spaces.MultiDiscrete) and space.nvec.ndim != 1:
+            raise UnsupportedSpaceError(
+                f"MultiDiscrete actions must have one axis, got {in_one_line(space)}; reshape them in "
+                "gymnasium.wrappers.TransformAction"
+            )
+    elif isinstance(space, spaces.Box | spaces.MultiBinary):
+        if not space.shape or 0 in space.shape:
+            raise UnsupportedSpaceError(
+                f"actions must have an axis and an entry, got {in_one_line(space)}; reshape them in "
+                "gymnasium.wrappers.TransformAction"
+            )
+    else:
+        raise UnsupportedSpaceError(
+            f"actions must be Box, Discrete, MultiDiscrete or MultiBinary, got {in_one_line(space)}; convert them in "
+            "a gymnasium.ActionWrapper"
+        )
 
 
 def check_observation_space(observation_space: spaces.Space) -> None:

@@ -5,22 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, TypeVar
 
-import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import NatureCNN
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from torch import Tensor
 
 from snn_rl.core.convert import DEFAULT_LEAK
 from snn_rl.rl.heads import head_of, kind_of
-from snn_rl.rl.network import NumpyState
 from snn_rl.rl.policy import AgentPolicy
 from snn_rl.rl.recurrent import SPIKES_EVERY, RecurrentLearner, check_same_spaces
 from snn_rl.rl.replay import SequenceReplayBuffer, Windows
-from snn_rl.rl.spaces import check_observation_space
+from snn_rl.rl.spaces import check_action_space, check_observation_space
 from snn_rl.rl.starts import convert_into, spread_into
 from snn_rl.rl.teacher import StackedTeacher, Teacher, named, teacher_of
 
@@ -119,22 +118,20 @@ class Student(RecurrentLearner):
         self._check_windows()
 
     @classmethod
+    def _checked_env(cls, env: GymEnv | str, verbose: int) -> VecEnv:
+        env = super()._checked_env(env, verbose)
+        normalize = unwrap_vec_normalize(env)
+        if normalize is not None and normalize.norm_obs:
+            raise ValueError(
+                "a Student takes observations as the environment gives them, and its policy holds the statistics of its "
+                "teacher; take VecNormalize off"
+            )
+        return env
+
+    @classmethod
     def _check_spaces(cls, observation_space: spaces.Space, action_space: spaces.Space) -> None:
         check_observation_space(observation_space)
-
-    def predict(
-        self,
-        observation: np.ndarray | dict[str, np.ndarray],
-        state: NumpyState | None = None,
-        episode_start: np.ndarray | None = None,
-        deterministic: bool = False,
-    ) -> tuple[np.ndarray, NumpyState]:
-        """Actions and membranes, as `StatefulPolicy.predict`; with random ones among them unless ``deterministic``."""
-        actions, state = self.policy.predict(observation, state, episode_start, deterministic)
-        if not deterministic and self.exploration_rate:
-            batch = actions[None] if actions.shape == self.action_space.shape else actions
-            actions = self._explore(batch, self.exploration_rate).reshape(actions.shape)
-        return actions, state
+        check_action_space(action_space)
 
     def train(self, gradient_steps: int, batch_size: int = 32) -> None:
         """Update the network on ``gradient_steps`` batches of windows."""

@@ -16,7 +16,7 @@ from stable_baselines3.dqn.policies import DQNPolicy
 from torch import nn
 
 from snn_rl.rl.actor import Actor, actor_of, is_recurrent, recurrent_actor_of
-from snn_rl.rl.heads import Head, QValues
+from snn_rl.rl.heads import Head, head_of
 from snn_rl.rl.policy import AgentPolicy, StatefulPolicy
 from snn_rl.rl.replay import stacking_axis
 from snn_rl.rl.spaces import UnsupportedSpaceError, channels_first, in_one_line
@@ -49,6 +49,11 @@ class Teacher(ABC):
     exploration_rate: float = 0.0  # share of random actions where this teacher plays itself
     actor: Actor | None = None  # its layers, where it has no memory: `Student.from_ann` converts them
     statistics: Statistics | None = None  # its observations are normalised by these
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether it takes observations as the environment gives them, and normalises them itself."""
+        return self.statistics is not None
 
     @abstractmethod
     def label(
@@ -90,8 +95,7 @@ class PolicyTeacher(Teacher):
         except ValueError:
             if not isinstance(policy, DQNPolicy):
                 raise
-            assert isinstance(policy.action_space, spaces.Discrete)
-            self.head = QValues(policy.action_space)
+            self.head = head_of("values", policy.action_space)
 
     def label(
         self, observation: np.ndarray, state: Any = None, episode_start: np.ndarray | None = None
@@ -140,6 +144,10 @@ class StatefulTeacher(Teacher):
                 policy.features_extractor_kwargs,
                 policy.normalize_images,
             )
+
+    @property
+    def normalizes(self) -> bool:
+        return self.policy.net.normalizer is not None
 
     def label(
         self, observation: np.ndarray, state: Any = None, episode_start: np.ndarray | None = None
@@ -190,6 +198,10 @@ class StackedTeacher(Teacher):
         self.head, self.action_space = self.teacher.head, self.teacher.action_space
         self.observation_space = channels_first(observation_space)
         self.exploration_rate = self.teacher.exploration_rate
+
+    @property
+    def normalizes(self) -> bool:
+        return self.teacher.normalizes
 
     def label(
         self, observation: np.ndarray, state: Any = None, episode_start: np.ndarray | None = None
@@ -248,6 +260,14 @@ def _unstacked(agent: object) -> Teacher:
         )
     teacher.exploration_rate = float(getattr(agent, "exploration_rate", 0.0))
     return teacher
+
+
+def normalizes(agent: object) -> bool:
+    """Whether an agent takes observations as the environment gives them, and normalises them itself."""
+    if isinstance(agent, Teacher):
+        return agent.normalizes
+    policy = getattr(agent, "policy", None)
+    return isinstance(policy, StatefulPolicy) and policy.net.normalizer is not None
 
 
 def statistics_of(agent: object) -> Statistics | None:

@@ -71,6 +71,10 @@ class WholeObservationTeacher(Teacher):
         self.observation_space, self.action_space = env.observation_space, self.teacher.action_space
         self.head, self.exploration_rate = self.teacher.head, self.teacher.exploration_rate
 
+    @property
+    def normalizes(self) -> bool:
+        return True  # it takes what `env` gave out
+
     def label(
         self, observation: np.ndarray, state: Any = None, episode_start: np.ndarray | None = None
     ) -> tuple[np.ndarray, Any]:

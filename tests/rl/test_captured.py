@@ -41,8 +41,8 @@ def taught(agent: SpikingDQN) -> SpikingDQN:
     return agent
 
 
-def eager_gradient(agent: SpikingDQN, given: Windows, td: float, distillation: float) -> tuple[list[Tensor], float]:
-    loss, _ = gradient(lambda w: agent._loss(w, td, distillation), given, agent._learning, agent.max_grad_norm)
+def eager_gradient(agent: SpikingDQN, given: Windows) -> tuple[list[Tensor], float]:
+    loss, _ = gradient(agent._loss, given, agent._learning, agent.max_grad_norm)
     return [p.grad.clone() for p in agent._learning if p.grad is not None], loss.item()
 
 
@@ -67,20 +67,18 @@ def of_pong(frame_stack: int, timesteps: int, device: str) -> SpikingDQN:
         "spike_weight": 0.01,
     }
     agent = SpikingDQN.from_ann(ann, env, timesteps, calibration_steps=40, seed=0, device=device, **kwargs)
-    agent.teacher = ann if frame_stack == 4 else StackedTeacher(ann, env.observation_space)
+    assert isinstance(agent.teacher, StackedTeacher) == (frame_stack != 4)
     agent.collect(agent.teacher, 200)
     return agent
 
 
 @pytest.mark.parametrize(("td", "distillation", "spikes"), [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (1.0, 0.5, 0.01)])
 def test_the_graph_gives_the_gradients_of_the_operations(td: float, distillation: float, spikes: float) -> None:
-    agent = taught(on_cuda(spike_weight=spikes))
-    captured = CapturedGradient(
-        lambda w: agent._loss(w, td, distillation), agent._learning, agent.max_grad_norm, windows(agent, 0)
-    )
+    agent = taught(on_cuda(spike_weight=spikes, td_weight=td, distillation_weight=distillation))
+    captured = CapturedGradient(agent._loss, agent._learning, agent.max_grad_norm, windows(agent, 0))
     for seed in range(1, 5):  # other windows, and each time other weights and another target network
         given = windows(agent, seed)
-        expected, loss = eager_gradient(agent, given, td, distillation)
+        expected, loss = eager_gradient(agent, given)
         assert captured(given)[0] == pytest.approx(loss, rel=1e-5)
         assert len(expected) == len(agent._learning)
         for parameter, grad in zip(agent._learning, expected, strict=True):
@@ -95,9 +93,9 @@ def test_a_pong_stage_is_captured_too(frame_stack: int, timesteps: int) -> None:
     agent = of_pong(frame_stack, timesteps, "cuda")
     assert agent.replay_buffer is not None
     drawn = [agent.replay_buffer.sample_windows(4, agent.window_length) for _ in range(3)]
-    captured = CapturedGradient(lambda w: agent._loss(w, 0.0, 1.0), agent._learning, agent.max_grad_norm, drawn[0])
+    captured = CapturedGradient(agent._loss, agent._learning, agent.max_grad_norm, drawn[0])
     for given in drawn[1:]:
-        expected, loss = eager_gradient(agent, given, 0.0, 1.0)
+        expected, loss = eager_gradient(agent, given)
         assert captured(given)[0] == pytest.approx(loss, rel=1e-4)
         for parameter, grad in zip(agent._learning, expected, strict=True):
             torch.testing.assert_close(parameter.grad, grad, rtol=1e-3, atol=1e-5)
@@ -123,20 +121,21 @@ def test_what_the_graph_holds_may_change_and_is_held_anew() -> None:
         (agent, "seed", 0),  # which the loss does not read
         (agent, "spike_weight", 1.0),
         (agent, "max_grad_norm", 0.01),
-        (agent, "teacher", teacher),
-        (teacher.q_net.network, "timesteps", 2),
+        (agent, "teacher", None),
+        (agent, "distillation_weight", 0.5),
+        (agent, "teacher", teacher),  # whose labels are in the windows
         (agent.q_net, "persistent", False),
         (agent, "seed", 1),
     )
     for where, name, value in changes:
         setattr(where, name, value)
-        expected, _ = eager_gradient(agent, given, 1.0, 1.0)
-        captured = agent._captured_gradient(lambda w: agent._loss(w, 1.0, 1.0), (1.0, 1.0), given)
+        expected, _ = eager_gradient(agent, given)
+        captured = agent._captured_gradient(agent._loss, agent._loss_key, given)
         captured(given)
         for parameter, grad in zip(agent._learning, expected, strict=True):
             torch.testing.assert_close(parameter.grad, grad)
         held.append(captured)
-    assert [a is b for a, b in itertools.pairwise(held)] == [False, False, False, False, False, True]
+    assert [a is b for a, b in itertools.pairwise(held)] == [False] * 6 + [True]
 
 
 def test_an_agent_saved_or_copied_holds_no_graph_and_goes_on_learning(tmp_path: Path) -> None:

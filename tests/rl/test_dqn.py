@@ -712,7 +712,7 @@ def test_what_is_no_parent_is_named(ann: DQN, tmp_path: Path) -> None:
         agent.keep_rates(ann)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"the environment's observation_space is .*, but the agent was trained on"):
         SpikingDQN.from_parent(agent, gym.make("Acrobot-v1"), 1, **kwargs)
-    with pytest.raises(ValueError, match=r"the agent spikes already; SpikingDQN.from_parent takes it to fewer"):
+    with pytest.raises(ValueError, match=r"the agent spikes already; from_parent of its class takes it to fewer"):
         SpikingDQN.from_ann(agent, cartpole(2), **kwargs)
     with pytest.raises(ValueError, match="leave net_arch and the like out of policy_kwargs"):
         SpikingDQN.from_parent(agent, cartpole(2), 1, **{**kwargs, "policy_kwargs": {"net_arch": [8]}})

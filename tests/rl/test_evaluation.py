@@ -132,16 +132,24 @@ def test_statistics_that_evaluation_would_change_are_refused(trained: DQN) -> No
 
 
 def test_an_agent_without_an_environment_needs_statistics_that_were_collected(trained: DQN, tmp_path: Path) -> None:
-    save_policy(trained, tmp_path / "policy.safetensors", {})
-    policy = load_policy(tmp_path / "policy.safetensors")
-    with pytest.raises(ValueError, match="has no statistics yet; copy those that the agent was trained with"):
-        evaluate(policy, normalized(3, 5, training=False), 3)
-    assert evaluate(policy, synced(trained), 6) == evaluate(trained, synced(trained), 6)
     trained.save(tmp_path / "model.zip")
+    alone = DQN.load(tmp_path / "model.zip", device="cpu")
+    with pytest.raises(ValueError, match="has no statistics yet; copy those that the agent was trained with"):
+        evaluate(alone, normalized(3, 5, training=False), 3)
+    assert evaluate(alone, synced(trained), 6) == evaluate(trained, synced(trained), 6)
     moving = synced(trained)
     moving.training = True
     with pytest.raises(ValueError, match="would change its statistics"):
-        evaluate(DQN.load(tmp_path / "model.zip", device="cpu"), moving, 3)
+        evaluate(alone, moving, 3)
+
+
+def test_a_policy_file_holds_the_statistics_and_takes_observations_as_they_are(trained: DQN, tmp_path: Path) -> None:
+    save_policy(trained, tmp_path / "policy.safetensors", {})
+    policy = load_policy(tmp_path / "policy.safetensors")
+    with pytest.raises(ValueError, match="normalizes its observations itself.*; leave VecNormalize out"):
+        evaluate(policy, synced(trained), 3)
+    plain = make_vec_env("CartPole-v1", 3, seed=5)
+    assert evaluate(policy, plain, 6) == evaluate(trained, synced(trained), 6)
 
 
 def test_normalized_rewards_are_not_returns() -> None:

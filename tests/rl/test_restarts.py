@@ -15,7 +15,7 @@ from stable_baselines3 import DQN
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecMonitor, VecNormalize
 
 from agents import RECIPES
-from snn_rl import SpikingDQN
+from snn_rl import SpikingDQN, Student
 from snn_rl.rl.replay import frame_stack_of
 from snn_rl.rl.restarts import RestartingVecEnv
 from snn_rl.runs._run import Run
@@ -229,17 +229,17 @@ def test_only_the_training_of_spiking_stages_restarts(tmp_path: Path, monkeypatc
 
         monkeypatch.setattr(algorithm, name, wrapped)
 
-    see(SpikingDQN, "collect", kill=False)
-    see(SpikingDQN, "learn", kill=True)
+    see(Student, "collect", kill=False)
+    see(Student, "learn", kill=True)
     with pytest.raises(Killed):
         run(recipe, tmp_path, 1, device="cpu")
-    assert seen == [("SpikingDQN.collect", True), ("SpikingDQN.learn", True)]
+    assert seen == [("Student.collect", True), ("Student.learn", True)]
     monkeypatch.undo()
     seen.clear()
-    see(SpikingDQN, "collect", kill=False)
-    see(SpikingDQN, "learn", kill=False)
+    see(Student, "collect", kill=False)
+    see(Student, "learn", kill=False)
     results = run(recipe, tmp_path, 1, device="cpu")  # goes on from the checkpoint after T2's distillation
-    assert seen == [("SpikingDQN.learn", True), ("SpikingDQN.collect", True), ("SpikingDQN.learn", True)]
+    assert seen == [("Student.learn", True), ("Student.collect", True), ("Student.learn", True)]
     # whole episodes: no CartPole falls within five steps
     assert min(min(stage["eval"]["returns"]) for stage in results["stages"]) > 5
     with pytest.raises(ValueError, match=r"num_envs must be >= 2, of which snn\.restart_every restarts half, got 1"):

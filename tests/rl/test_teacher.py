@@ -11,7 +11,6 @@ from stable_baselines3.common.vec_env import VecFrameStack
 
 from envs.classic import make_cartpole
 from snn_rl import SpikingDQN
-from snn_rl.rl.replay import Windows
 from snn_rl.rl.teacher import StackedTeacher, frames_of
 
 FRAMES = 3
@@ -53,19 +52,13 @@ def test_it_acts_as_the_ann_does_on_sb3s_stack(ann: DQN) -> None:
         np.testing.assert_array_equal(actions, ann.predict(stack, deterministic=True)[0])
 
 
-def test_it_values_windows_as_the_ann_does_sb3s_stack(ann: DQN) -> None:
+def test_it_labels_as_the_ann_values_sb3s_stack(ann: DQN) -> None:
     teacher = StackedTeacher(ann, make_cartpole(1, seed=0, velocities=False).observation_space)
-    frames, stacks, starts = play()
-    empty = torch.zeros(starts.shape, dtype=torch.bool)
-    windows = Windows(
-        torch.as_tensor(frames), empty.long(), empty.float(), empty, empty, torch.as_tensor(starts, dtype=torch.bool)
-    )
-    with torch.no_grad():
-        q = teacher.q_values(windows, FRAMES - 1, 100)
-        expected = ann.q_net(torch.as_tensor(stacks[FRAMES - 1 : FRAMES + 99]).flatten(0, 1)).unflatten(0, (100, 2))
-    torch.testing.assert_close(q, expected)
-    with pytest.raises(ValueError, match="burn_in must be >= 2 for a teacher on 3 frames, got 1"):
-        teacher.q_values(windows, 1, 100)
+    state = None
+    for frame, stack, start in zip(*play(), strict=True):
+        labels, state = teacher.label(frame, state, start)
+        with torch.no_grad():
+            torch.testing.assert_close(torch.as_tensor(labels), ann.q_net(torch.as_tensor(stack)))
 
 
 def test_images_stack_along_their_channels() -> None:
@@ -101,7 +94,7 @@ def test_a_spiking_agent_on_one_frame_learns_from_it(ann: DQN) -> None:
         device="cpu",
     )
     assert student.observation_space.shape == (2,)
-    student.teacher = StackedTeacher(ann, env.observation_space)
+    assert isinstance(student.teacher, StackedTeacher)
     student.collect(student.teacher, 600)
     first = student.distil(5)
     assert student.distil(200) < 0.5 * first
