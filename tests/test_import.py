@@ -25,13 +25,28 @@ def test_importing_loads_nothing_large_beside_sb3() -> None:
         import sys
         import stable_baselines3
         before = set(sys.modules)
-        import snn_rl
+        from snn_rl import SpikingDQN
         print(*sorted({name.split(".")[0] for name in set(sys.modules) - before}))
         """
     )
     new = set(printed.split())
     assert "snn_rl" in new
     assert not new & {"numba", "llvmlite", "triton", "tyro", "matplotlib", "PIL", "tqdm", "rich", "ray", "nir", "onnx"}
+
+
+def test_names_are_imported_when_they_are_used() -> None:
+    """Until then not even torch: for a help, it would take most of the time."""
+    printed = run(
+        """
+        import sys
+        import snn_rl, snn_rl.cli
+        print([name for name in ("torch", "numpy", "gymnasium") if name in sys.modules])
+        from snn_rl import load_policy, cli
+        from snn_rl.rl.policy_file import load_policy as same
+        print(load_policy is same, "SpikingDQN" in dir(snn_rl), hasattr(snn_rl, "nothing"), "torch" in sys.modules)
+        """
+    )
+    assert printed.splitlines() == ["[]", "True True False True"]
 
 
 def test_importing_changes_nothing_in_the_process() -> None:
@@ -55,7 +70,7 @@ def test_importing_changes_nothing_in_the_process() -> None:
 
         before = state()
         assert len(before[0]) >= 6  # of modules and optimisers: they are where they were
-        import snn_rl
+        from snn_rl import SpikingDQN
         print(state() == before)
         """
     )
@@ -77,4 +92,4 @@ def test_an_unrelated_optimiser_behaves_as_without_the_package() -> None:
         loss.backward()
         print(x.grad.sum().item())
     """
-    assert run(code.format("import snn_rl")) == run(code.format(""))
+    assert run(code.format("from snn_rl import SpikingDQN")) == run(code.format(""))
