@@ -32,7 +32,7 @@ from envs.atari import make_atari
 from snn_rl import SpikingDQN
 from snn_rl.rl import SequenceReplayBuffer
 from snn_rl.runs._run import Run
-from snn_rl.runs.agent import new_ann
+from snn_rl.runs.ann import new_ann
 from snn_rl.runs.stages import Stage
 
 ENVS = 8

@@ -29,7 +29,7 @@ def write_weights(
     """
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     if half:
-        weights = {name: w.half() if w.is_floating_point() else w for name, w in weights.items()}
+        weights = {name: w.half() if w.dtype is torch.float32 else w for name, w in weights.items()}  # no statistics
     with atomic(path) as temporary:
         save_file(weights, temporary, metadata={form: json.dumps(description)})
 

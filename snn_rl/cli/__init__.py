@@ -10,6 +10,7 @@ from snn_rl.cli.status import exit_status, open_streams
 
 # One line of each in the help. `main(argv, *, prog)` of the module of this name runs it and returns the exit status.
 COMMANDS = {
+    "spike": "make a trained agent of stable-baselines3 or sb3-contrib spike",
     "train": "train an agent: an ordinary network first, then spiking ones",
     "evaluate": "play episodes with an agent and print the returns",
     "watch": "watch an agent play, in a window or as a video",

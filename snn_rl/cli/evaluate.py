@@ -42,7 +42,7 @@ def _play(options: argparse.Namespace, recipes: Mapping[str, Recipe] | None) -> 
     if options.clear:
         if policy.timesteps is None:
             raise ValueError(f"{options.file} holds an ANN, which has no membranes to clear")
-        policy.policy.q_net.persistent = False  # type: ignore[assignment]
+        policy.policy.net.persistent = False
     overrides = {} if options.sticky is None else {"sticky": options.sticky}
     with closing(build(policy, min(options.episodes, 100), options.seed, **overrides)) as env:
         result = evaluate(policy, env, options.episodes)

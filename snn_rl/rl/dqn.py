@@ -1,54 +1,36 @@
-"""`SpikingDQN`: SB3's DQN with a recurrent, spiking Q-network."""
+"""`SpikingDQN`: SB3's DQN with a recurrent, spiking Q-network. What is its own is the temporal-difference loss."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
+from gymnasium import spaces
 from stable_baselines3 import DQN
-from stable_baselines3.common.base_class import BaseAlgorithm, maybe_make_env
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.preprocessing import preprocess_obs
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFreq, TrainFrequencyUnit
-from stable_baselines3.common.utils import update_learning_rate
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.dqn.policies import DQNPolicy
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from snn_rl.core.activity import count_spikes, spikes_per_neuron
-from snn_rl.core.convert import DEFAULT_LEAK, DEFAULT_PERCENTILE, to_spiking
+from snn_rl.core.convert import DEFAULT_LEAK, DEFAULT_PERCENTILE
 from snn_rl.core.network import State
-from snn_rl.core.plain import evaluation_copy
-from snn_rl.core.spread import scale_currents, spread_first_synapse
-from snn_rl.rl.captured import CapturedGradient, gradient
-from snn_rl.rl.losses import distillation_loss, n_step_returns
-from snn_rl.rl.policy import (
-    CnnPolicy,
-    MlpPolicy,
-    NumpyState,
-    SpikingDQNPolicy,
-    SpikingQNetwork,
-    check_forwards,
-    q_network_ann,
-)
-from snn_rl.rl.replay import SequenceReplayBuffer, Windows, frame_stack_of
-from snn_rl.rl.spaces import check_spaces, in_one_line
-from snn_rl.rl.teacher import Player, StackedTeacher, frames_of
+from snn_rl.rl.losses import n_step_returns
+from snn_rl.rl.network import NumpyState, layers_of
+from snn_rl.rl.policy import CnnPolicy, MlpPolicy, SpikingDQNPolicy, SpikingQNetwork, check_forwards
+from snn_rl.rl.recurrent import SPIKES_EVERY, RecurrentLearner, check_same_spaces
+from snn_rl.rl.replay import SequenceReplayBuffer, Windows
+from snn_rl.rl.spaces import check_spaces
+from snn_rl.rl.starts import convert_into, spread_into
+from snn_rl.rl.teacher import StackedTeacher, frames_of, named
 
 SelfSpikingDQN = TypeVar("SelfSpikingDQN", bound="SpikingDQN")
 
-SPIKES_EVERY = 100  # updates: how often spikes are counted for the log, which is slower than not to
 
-
-class SpikingDQN(DQN):
+class SpikingDQN(RecurrentLearner, DQN):
     """DQN whose Q-network spikes; its membranes persist from frame to frame and are cleared where an episode starts.
 
     Takes SB3's DQN arguments, with these differences:
@@ -62,8 +44,7 @@ class SpikingDQN(DQN):
         burn_in: frames before them that only warm the membranes up, without gradient.
         n_steps: of the n-step return inside a window.
         td_weight: weight of the temporal-difference loss.
-        distillation_weight: of `distillation_loss` against the Q-values of ``self.teacher``, on the same windows.
-        distillation_temperature: of its softmax, in medians of the teacher's spread between best and worst action.
+        distillation_weight: of `distillation_loss` against the labels of ``self.teacher``, if it has one.
         spike_weight: of the spikes per neuron and frame (summed over the micro-steps), a loss that saves energy.
 
     Targets are double-Q (van Hasselt et al. 2016); online and target network burn in separately, each under its own
@@ -123,8 +104,7 @@ class SpikingDQN(DQN):
         sequence_length: int = 8,
         burn_in: int = 8,
         td_weight: float = 1.0,
-        distillation_weight: float = 0.0,
-        distillation_temperature: float = 0.5,
+        distillation_weight: float = 1.0,
         spike_weight: float = 0.0,
     ) -> None:
         for name, value, least in (
@@ -144,24 +124,11 @@ class SpikingDQN(DQN):
                 "td_weight and distillation_weight must be >= 0 and not both 0, "
                 f"got {td_weight} and {distillation_weight}"
             )
-        if not distillation_temperature > 0:
-            raise ValueError(f"distillation_temperature must be > 0, got {distillation_temperature}")
         if not spike_weight >= 0:
             raise ValueError(f"spike_weight must be >= 0, got {spike_weight}")
-        self.sequence_length = sequence_length
-        self.burn_in = burn_in
-        self.td_weight = td_weight
-        self.distillation_weight = distillation_weight
-        self.distillation_temperature = distillation_temperature
-        self.spike_weight = spike_weight
-        self._teacher: DQN | StackedTeacher | None = None
-        self.distilled = 0  # updates that `distill` has made
-        # Of whoever acts, aligned with `_last_obs`: its state (the membranes of this agent) before it sees that.
-        self._last_state: Any = None
-        self._next_state: Any = None  # after it was seen; committed with the transition
-        self._exploration: np.random.Generator | None = None
-        self._captured: tuple[tuple[Any, ...], CapturedGradient] | None = None
-        self._actor: Player | None = None  # who acts in place of this agent, while `collect` runs
+        self._begin()
+        self.sequence_length, self.burn_in = sequence_length, burn_in
+        self.td_weight, self.distillation_weight, self.spike_weight = td_weight, distillation_weight, spike_weight
         if env is not None:  # a loaded agent may have none
             env = self._checked_env(env, verbose)
         elif _init_setup_model:
@@ -204,40 +171,22 @@ class SpikingDQN(DQN):
                 f"SpikingDQN needs a SpikingDQNPolicy, got {theirs}; "
                 "load an ANN by stable_baselines3.DQN.load and convert it by SpikingDQN.from_ann"
             )
-        self.optimize_memory_usage = False  # whatever `load` was given: SB3 would truncate the last trajectory
         if self.replay_buffer is None and self.env is not None:
-            self.replay_buffer_kwargs = {"frame_stack": frame_stack_of(self.env), **self.replay_buffer_kwargs}
-        n_steps, self.n_steps = self.n_steps, 1
-        saved = self._exploration  # of a loaded agent, unless `load` was given a seed
-        super()._setup_model()  # calls set_random_seed
+            size = int(self.action_space.n)  # type: ignore[attr-defined]
+            self.replay_buffer_kwargs = {**self.replay_buffer_kwargs, "label_size": size}
+        n_steps, self.n_steps = self.n_steps, 1  # as above
+        super()._setup_model()
         self.n_steps = n_steps
-        # An own generator: drawing from numpy's global one would tie the agent to whatever else draws from it.
-        if saved is not None:
-            self._exploration = saved
-        elif self._exploration is None:  # no seed: one draw, so that SB3's global `set_random_seed` decides
-            self._exploration = np.random.default_rng(np.random.randint(2**32, dtype=np.uint32))
-        if self.replay_buffer is not None:
-            slots = self.window_length + self.replay_buffer.frame_stack - 1
-            if self.replay_buffer.buffer_size < slots:
-                raise ValueError(
-                    f"buffer_size must be >= {slots * self.n_envs} for windows of burn_in + sequence_length + n_steps "
-                    f"= {self.window_length} frames in each of {self.n_envs} environments, got {self.buffer_size}"
-                )
+        self._check_windows()
 
     @classmethod
-    def _checked_env(cls, env: GymEnv | str, verbose: int) -> VecEnv:
-        """The environment as SB3 wraps it (vectorised, images with their channels first), its spaces checked."""
-        env = cls._wrap_env(maybe_make_env(env, verbose), verbose)
-        check_spaces(env.observation_space, env.action_space)
-        return env
+    def _check_spaces(cls, observation_space: spaces.Space, action_space: spaces.Space) -> None:
+        check_spaces(observation_space, action_space)
 
-    def set_random_seed(self, seed: int | None = None) -> None:
-        """SB3's, and the generator that exploration draws from. None changes nothing."""
-        super().set_random_seed(seed)
-        if seed is not None:
-            self._exploration = np.random.default_rng(seed)
-
-    # --- acting
+    @property
+    def tail(self) -> int:  # type: ignore[override]
+        """Frames of a window that only bootstrap the n-step returns of those before them."""
+        return self.n_steps if self.td_weight else 0
 
     def predict(
         self,
@@ -253,199 +202,38 @@ class SpikingDQN(DQN):
         actions, state = self.policy.predict(observation, state, episode_start, deterministic)
         return actions if deterministic else self._explore(actions, self.exploration_rate), state
 
-    def _explore(self, actions: np.ndarray, rate: float) -> np.ndarray:
-        assert self._exploration is not None
-        random = self._exploration.integers(int(self.action_space.n), size=actions.shape)  # type: ignore[attr-defined]
-        return np.where(self._exploration.random(actions.shape) < rate, random, actions)
-
-    def _setup_learn(
-        self,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        reset_num_timesteps: bool = True,
-        tb_log_name: str = "run",
-        progress_bar: bool = False,
-    ) -> tuple[int, BaseCallback]:
-        if self.distillation_weight and self._actor is None:  # said before the first step, not at the first update
-            self._check_taught()
-        result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
-        assert self._last_episode_starts is not None
-        if self._last_episode_starts.all():  # the environments were just reset, perhaps another number of them
-            self._last_state = None
-        return result
-
-    def _sample_action(
-        self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
-    ) -> tuple[np.ndarray, np.ndarray]:
-        actor: Player = self if self._actor is None else self._actor
-        assert isinstance(self._last_obs, np.ndarray)
-        actions, self._next_state = self._greedy(actor, self._last_obs, self._last_state, self._last_episode_starts)
-        actions = self._explore(actions, 1.0 if self.num_timesteps < learning_starts else _exploration_rate(actor))
-        return actions, actions
-
-    def _greedy(
-        self, actor: Player, obs: np.ndarray, state: Any, episode_start: np.ndarray | None
-    ) -> tuple[np.ndarray, Any]:
-        """An actor's greedy actions (n_envs,), checked before an environment takes them, and its state afterwards."""
-        greedy, state = actor.predict(obs, state, episode_start, deterministic=True)
-        actions, n = np.asarray(greedy), int(self.action_space.n)  # type: ignore[attr-defined]
-        if actions.shape != (len(obs),) or actions.dtype.kind not in "iu" or not ((actions >= 0) & (actions < n)).all():
-            raise ValueError(
-                f"{_named(actor)} must choose one of the actions 0 to {n - 1} in each of {len(obs)} environments, "
-                f"got {' '.join(str(actions).split())[:80]} of {actions.dtype}"
-            )
-        return actions, state
-
-    def _store_transition(
-        self,
-        replay_buffer: ReplayBuffer,
-        buffer_action: np.ndarray,
-        new_obs: np.ndarray | dict[str, np.ndarray],
-        reward: np.ndarray,
-        dones: np.ndarray,
-        infos: list[dict[str, Any]],
-    ) -> None:
-        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
-        # Here, where `_last_obs` moves on, and not earlier: a callback may stop the collection in between.
-        self._last_state = self._next_state
-        self._last_episode_starts = dones
-
     # --- learning
 
-    @property
-    def teacher(self) -> DQN | StackedTeacher | None:
-        """Whose Q-values a distillation loss regresses on; None at first, and never saved with the agent.
-
-        Assign an SB3 DQN, a `SpikingDQN` or a `StackedTeacher`. Raises ValueError for anything else, and for one of
-        other spaces or on another device.
-        """
-        return self._teacher
-
-    @teacher.setter
-    def teacher(self, teacher: DQN | StackedTeacher | None) -> None:
-        if teacher is not None:
-            if not isinstance(teacher, DQN | StackedTeacher):
-                raise ValueError(
-                    f"a teacher must be a stable_baselines3.DQN or a StackedTeacher, got {_named(teacher)}"
-                )
-            if isinstance(teacher, DQN) and isinstance(teacher.policy, SpikingDQNPolicy):
-                _check_spiking(teacher, "teacher")
-            _check_same_spaces(self, teacher, "this agent", "the teacher has")
-            device = _dqn_of(teacher).device
-            if device.type != self.device.type:
-                raise ValueError(f"the teacher is on {device}, this agent on {self.device}; load both on one device")
-            if isinstance(teacher, StackedTeacher):
-                teacher.check_burn_in(self.burn_in)
-        self._teacher = teacher
-
-    @property
-    def window_length(self) -> int:
-        """Frames per sampled window: burn-in, training, and the bootstrap of the last n-step return."""
-        return self.burn_in + self.sequence_length + self.n_steps
-
     def train(self, gradient_steps: int, batch_size: int = 8) -> None:
-        """Update the Q-network on ``gradient_steps`` batches of ``batch_size`` windows."""
+        """Update the Q-network on ``gradient_steps`` batches of windows."""
         assert self.replay_buffer is not None
         if not self.replay_buffer.holds_windows(self.window_length):
             return
-        if self.distillation_weight:
-            self._check_taught()
+        if not self.td_weight:
+            self.check_labelled()
         self._update_learning_rate(self.policy.optimizer)
-        losses = [
-            self._update(
-                self.td_weight, self.distillation_weight, batch_size, log_spikes=self._n_updates % SPIKES_EVERY == 0
-            )
-            for _ in range(gradient_steps)
-        ]
-        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        self.logger.record("train/loss", float(np.mean(losses)))
-        for name, lif in self.q_net.network.lif_layers.items():
-            self.logger.record(f"threshold/{name}", lif.threshold.item())
-            self.logger.record(f"leak/{name}", lif.leak.item())
-
-    def _check_taught(self) -> None:
-        if self._teacher is None:
-            raise ValueError("distillation needs a teacher: assign the ANN or the parent, an agent, to `.teacher`")
-
-    def _update(
-        self, td_weight: float, distillation_weight: float, batch_size: int, *, log_spikes: bool = False
-    ) -> float:
-        """One gradient step on a fresh batch of windows; returns the loss."""
-        assert self.replay_buffer is not None
-        self.policy.set_training_mode(True)
-        windows = self.replay_buffer.sample_windows(batch_size, self.window_length, env=self._vec_normalize_env)
-
-        def loss(windows: Windows) -> Tensor:
-            return self._loss(windows, td_weight, distillation_weight)
-
-        if self.device.type == "cuda" and not log_spikes:  # counting needs the layers run one by one
-            value, norm = self._captured_gradient(loss, (td_weight, distillation_weight), windows)(windows)
-        else:
-            with count_spikes(self.q_net.network) if log_spikes else nullcontext() as counter:
-                value, norm = (x.item() for x in gradient(loss, windows, self._learning, self.max_grad_norm))
-            for name, rate in counter.rates().items() if counter is not None else ():
-                self.logger.record_mean(f"spike_rate/{name}", rate)
-        if not (math.isfinite(value) and math.isfinite(norm)):  # before the step, which would spoil every weight
-            raise ValueError(self._why_not_finite(windows, value))
-        self.policy.optimizer.step()
-        self._n_updates += 1
-        return value
+        key = ("dqn", self._distils, self.td_weight, self.distillation_weight, self.gamma, self.n_steps)
+        losses = []
+        for _ in range(gradient_steps):
+            log_spikes = self._n_updates % SPIKES_EVERY == 0
+            losses.append(self._update(self._loss, key, batch_size, log_spikes=log_spikes))
+        self._record(losses)
 
     @property
-    def _learning(self) -> list[nn.Parameter]:
-        """What the optimiser trains: the target network keeps no gradient."""
-        return list(self.q_net.parameters())
+    def _needs_teacher(self) -> bool:
+        return not self.td_weight
 
-    def _captured_gradient(
-        self, loss: Callable[[Windows], Tensor], weights: tuple[float, float], windows: Windows
-    ) -> CapturedGradient:
-        """The gradient of ``loss`` as a CUDA graph, captured anew where an option or the place of a weight changed."""
-        networks: list[nn.Module] = [self.q_net, self.q_net_target]
-        if self.teacher is not None:
-            networks.append(_dqn_of(self.teacher).q_net)
-        held = (
-            *weights, self.spike_weight, self.distillation_temperature, self.gamma, self.n_steps,
-            self.burn_in, self.sequence_length, self.max_grad_norm,
-            self.teacher,  # itself: where it is still held, no other can have come to stand in its memory
-            *((q.network.timesteps, q.persistent) for q in networks if isinstance(q, SpikingQNetwork)),
-            *(tensor.shape for tensor in windows),
-            *(weight.data_ptr() for network in networks for weight in network.parameters()),
-        )  # fmt: skip
-        if self._captured is None or self._captured[0] != held:
-            self._captured = None  # its memory first
-            self._captured = held, CapturedGradient(loss, self._learning, self.max_grad_norm, windows)
-        return self._captured[1]
+    @property
+    def _distils(self) -> bool:
+        return self.distillation_weight > 0 and (self.teacher is not None or self._needs_teacher)
 
-    def _why_not_finite(self, windows: Windows, loss: float) -> str:
-        for name, values in (("observations", windows.observations), ("rewards", windows.rewards)):
-            if not torch.isfinite(values).all():
-                return f"the replayed {name} hold NaN or infinity in update {self._n_updates}: repair the environment"
-        for name, parameter in self.policy.named_parameters():
-            if not torch.isfinite(parameter).all():
-                return f"the weights {name} hold NaN or infinity in update {self._n_updates}: load a good checkpoint"
-        rate = self.policy.optimizer.param_groups[0]["lr"]
-        return f"the loss is {loss} in update {self._n_updates}: train with a learning rate below {rate:g}"
-
-    def _loss(self, windows: Windows, td_weight: float, distillation_weight: float) -> Tensor:
-        with spikes_per_neuron(self.q_net.network) if self.spike_weight else nullcontext() as spikes:
-            q_t, state = self._unroll(self.q_net, windows)
-        loss = q_t.new_zeros(())
-        if td_weight:
-            loss = loss + td_weight * self._td_loss(windows, q_t, state)
-        if distillation_weight:
-            loss = loss + distillation_weight * self._distillation_loss(windows, q_t)
-        if spikes is not None:
-            loss = loss + self.spike_weight * spikes.mean()
-        return loss
-
-    def _unroll(self, q_net: SpikingQNetwork, windows: Windows) -> tuple[Tensor, State]:
-        """Q-values of the trained frames, (sequence_length, batch, actions), and the state behind them."""
-        state = None
-        if self.burn_in:
-            with torch.no_grad():
-                burn_in = windows.observations[: self.burn_in]
-                _, state = q_net.unroll(burn_in, None, windows.episode_start[: self.burn_in])
-        return q_net.unroll(self._trained(windows.observations), state, self._trained(windows.episode_start))
+    def _loss(self, windows: Windows) -> Tensor:
+        q_t, state, cost = self._unroll_learning(windows)
+        if self.td_weight:
+            cost = cost + self.td_weight * self._td_loss(windows, q_t, state)
+        if self._distils:
+            cost = cost + self.distillation_weight * self._distillation_loss(windows, q_t)
+        return cost
 
     def _append_tail(self, q_net: SpikingQNetwork, windows: Windows, q_t: Tensor, state: State) -> Tensor:
         """``q_t`` and, behind it, the Q-values of the n frames that only bootstrap; without gradient."""
@@ -453,10 +241,6 @@ class SpikingDQN(DQN):
         with torch.no_grad():
             q_tail, _ = q_net.unroll(windows.observations[trained:], state, windows.episode_start[trained:])
             return torch.cat([q_t, q_tail])
-
-    def _trained(self, x: Tensor) -> Tensor:
-        """The frames of a window that are trained on, of a tensor (window_length, batch, ...)."""
-        return x[self.burn_in : self.burn_in + self.sequence_length]
 
     def _td_loss(self, windows: Windows, q_t: Tensor, state: State) -> Tensor:
         """Huber loss of double-Q, n-step targets on the frames behind the burn-in where an action was taken."""
@@ -471,20 +255,6 @@ class SpikingDQN(DQN):
         loss = F.smooth_l1_loss(q_a_t, target_t, reduction="none")
         acted = self._trained(windows.acted)
         return (loss * acted).sum() / acted.sum().clamp(min=1)
-
-    def _distillation_loss(self, windows: Windows, q_t: Tensor) -> Tensor:
-        """`distillation_loss` against the teacher, which sees each window from silence as this agent does."""
-        assert self.teacher is not None
-        _dqn_of(self.teacher).policy.set_training_mode(False)  # as it was evaluated: a loaded DQN is in training mode
-        with torch.no_grad():
-            if isinstance(self.teacher, StackedTeacher):
-                teacher_t = self.teacher.q_values(windows, self.burn_in, self.sequence_length)
-            elif isinstance(self.teacher, SpikingDQN):
-                teacher_t, _ = self._unroll(self.teacher.q_net, windows)
-            else:
-                obs = self._trained(windows.observations)
-                teacher_t = self.teacher.q_net(obs.flatten(0, 1)).unflatten(0, obs.shape[:2])
-        return distillation_loss(q_t, teacher_t, self._trained(windows.acted), self.distillation_temperature)
 
     # --- a stage's start: from an ANN, from a parent's play
 
@@ -507,8 +277,8 @@ class SpikingDQN(DQN):
         ``kwargs`` are this class's own arguments; gamma and the network's options are the DQN's.
 
         Where ``env`` shows one frame and the DQN was trained on a stack of them, its first synapse has no counterpart:
-        the agent has the DQN's layers, but starts from new weights (`snn_rl.core.spread`), to be taught by it. Such
-        an agent's ``teacher``, and the actor of its first `collect`, is a `StackedTeacher`.
+        the agent has the DQN's layers, but starts from new weights (`snn_rl.core.spread`), to be taught by it. The DQN,
+        or a `StackedTeacher` of it, becomes the agent's ``teacher``.
 
         Raises:
             ValueError: no DQN or one that spikes, a Q-network with a forward of its own (dueling, masked), spaces of
@@ -520,8 +290,10 @@ class SpikingDQN(DQN):
             raise ValueError(f"calibration_steps must be >= 1, got {calibration_steps}")
         env = cls._checked_env(env, kwargs.get("verbose", 0))
         frames = frames_of(dqn.observation_space, env.observation_space)
-        stacked = frames is not None and frames > 1
-        _check_same_spaces(env, StackedTeacher(dqn, env.observation_space) if stacked else dqn)
+        player: DQN | StackedTeacher = dqn
+        if frames is not None and frames > 1:
+            player = StackedTeacher(dqn, env.observation_space)
+        check_same_spaces(env, player)
         policy_kwargs = {
             "net_arch": dqn.policy.net_arch,
             "activation_fn": dqn.policy.activation_fn,
@@ -538,37 +310,17 @@ class SpikingDQN(DQN):
         }
         kwargs.setdefault("gamma", dqn.gamma)
         model = cls(SpikingDQNPolicy, env, policy_kwargs=policy_kwargs, **kwargs)
-        player = StackedTeacher(dqn, model.observation_space) if stacked else dqn
         batches = (
-            preprocess_obs(
-                torch.as_tensor(obs, device=model.device),
-                model.observation_space,
-                normalize_images=dqn.policy.normalize_images,
-            )
+            model.q_net.preprocess(torch.as_tensor(obs, device=model.device))
             for obs in model._play(player, calibration_steps)
         )
-        if stacked:
-            samples = torch.cat(list(batches))  # type: ignore[arg-type]
-            spread_first_synapse(model.q_net.network, samples)
-            scale_currents(model.q_net.network, samples)
-            model.q_net_target.load_state_dict(model.q_net.state_dict())
-            return model
-        network = to_spiking(
-            evaluation_copy(q_network_ann(dqn.q_net)).to(model.device),
-            batches,  # type: ignore[arg-type]
-            percentile,
-            timesteps,
-            leak=leak,
-            leak_reset=leak_reset,
-        )
-        try:
-            model.q_net.network.load_state_dict(network.state_dict())
-        except RuntimeError as error:
-            raise ValueError(
-                "the layers of the Q-network are not those that its policy's net_arch and features extractor describe, "
-                "so a policy cannot be built for them; convert the network itself by snn_rl.to_spiking"
-            ) from error
+        if isinstance(player, StackedTeacher):
+            spread_into(model.q_net, batches)
+        else:
+            ann = layers_of(dqn.q_net.features_extractor, dqn.q_net.q_net)
+            convert_into(model.q_net, ann, batches, percentile, leak=leak, leak_reset=leak_reset)
         model.q_net_target.load_state_dict(model.q_net.state_dict())
+        model.teacher = player
         return model
 
     @classmethod
@@ -584,12 +336,13 @@ class SpikingDQN(DQN):
             ValueError: a parent that does not spike, ``timesteps`` that are not fewer, or spaces that are not its.
         """
         _check_spiking(parent, "from_parent")
+        assert parent.timesteps is not None
         if parent.timesteps == 1:
             raise ValueError("the parent is at 1 timestep already, and there are no fewer")
         if not 1 <= timesteps < parent.timesteps:
             raise ValueError(f"timesteps must lie in [1, {parent.timesteps - 1}], below the parent's, got {timesteps}")
         env = cls._checked_env(env, kwargs.get("verbose", 0))
-        _check_same_spaces(env, parent)
+        check_same_spaces(env, parent)
         policy_kwargs = {**parent.policy_kwargs, **(kwargs.pop("policy_kwargs", None) or {}), "timesteps": timesteps}
         policy = type(parent.policy)
         model = cls(policy, env, policy_kwargs=policy_kwargs, **{"gamma": parent.gamma, **kwargs})
@@ -600,118 +353,16 @@ class SpikingDQN(DQN):
         model.q_net_target.load_state_dict(model.q_net.state_dict())
         return model
 
-    @property
-    def timesteps(self) -> int:
-        """Micro-steps per frame."""
-        return self.q_net.network.timesteps
-
-    def _play(self, actor: Player, steps: int) -> Iterator[np.ndarray]:
-        """Observations (n_envs, ...) of another agent's epsilon-greedy play, ``steps`` in all, from fresh episodes."""
-        assert self.env is not None
-        obs, state, episode_start = self.env.reset(), None, np.ones(self.n_envs, dtype=bool)
-        for _ in range(-(-steps // self.n_envs)):
-            assert isinstance(obs, np.ndarray)
-            yield obs
-            actions, state = self._greedy(actor, obs, state, episode_start)
-            obs, _, episode_start, _ = self.env.step(self._explore(actions, _exploration_rate(actor)))
-
-    def collect(self, actor: Player, steps: int, callback: MaybeCallback = None) -> None:
-        """Store ``steps`` environment steps of another agent's epsilon-greedy play in this agent's replay buffer.
-
-        A freshly converted network's own play is worthless as replay; a stage starts from its parent's instead.
-
-        The actor is whatever has the ``predict`` of SB3's algorithms: any of them, a `LoadedPolicy`, a `StackedTeacher`
-        or an object of your own (`Player`). It acts with ``deterministic=True``, and this agent replaces its actions by
-        random ones at the actor's ``exploration_rate``. Of an actor without that attribute, the rate is 0. The actor
-        gets back the state that it returned, of whatever type. ``callback`` is called as by SB3's ``learn``.
-
-        Raises:
-            ValueError: ``steps`` below 1, an agent without environment, something that has no ``predict``, an actor of
-                other spaces (before the first step), or invalid actions (before an environment takes them).
-        """
-        if steps < 1:
-            raise ValueError(f"steps must be >= 1, got {steps}")
-        if isinstance(actor, type) or not callable(getattr(actor, "predict", None)):
-            raise ValueError(
-                "collect takes an agent that has SB3's predict(observation, state, episode_start, deterministic), "
-                f"got {_named(actor)}"
-            )
-        if self.env is None:
-            raise ValueError("collect needs an environment; call set_env, or pass env to load")
-        assert self.replay_buffer is not None
-        _check_same_spaces(self, actor, "this agent", "the actor has")
-        self._last_obs = None  # start from fresh episodes, which are the actor's alone
-        self._actor = actor
-        try:
-            _, called = self._setup_learn(steps, callback, reset_num_timesteps=False)
-            self.collect_rollouts(
-                self.env,
-                called,
-                TrainFreq(-(-steps // self.n_envs), TrainFrequencyUnit.STEP),
-                self.replay_buffer,
-            )
-        finally:
-            self._actor = None
-            self._current_progress_remaining = 1.0  # the learning rate's schedule is this agent's, and has not begun
-            self._last_obs = None  # and hand over at an episode start: the actor's state is not this agent's
-            self._last_state = self._next_state = None  # nor is it to be saved with this agent
-
-    def keep_rates(self, parent: SpikingDQN, windows: int = 64) -> None:
-        """Take the network of a ``parent`` at more micro-steps, with thresholds at which each layer fires as often.
-
-        As `snn_rl.prune_timesteps`, on ``windows`` of replayed play. Raises ValueError where the replay holds none.
-        """
+    def keep_rates(self, parent: RecurrentLearner, windows: int = 64) -> None:
         _check_spiking(parent, "keep_rates")
-        assert self.replay_buffer is not None
-        sampled = self.replay_buffer.sample_windows(windows, self.window_length, env=self._vec_normalize_env)
-        pruned = parent.q_net.pruned(self.q_net.network.timesteps, sampled.observations, sampled.episode_start)
-        self.q_net.network.load_state_dict(pruned.state_dict())
+        super().keep_rates(parent, windows)
         self.q_net_target.load_state_dict(self.q_net.state_dict())
 
-    def distill(
-        self,
-        gradient_steps: int,
-        learning_rate: Schedule | None = None,
-        after_update: Callable[[], object] = lambda: None,
-    ) -> float:
-        """Regress on ``self.teacher``'s Q-values over replayed windows; returns the mean loss of the last tenth.
-
-        The loss is `distillation_loss`, at weight 1, and what ``spike_weight`` adds to it.
-
-        ``learning_rate`` is a schedule over these steps; without one, the rate is where the agent's own stands.
-        ``after_update`` is called after each of them. Ends with the target network equal to the online one. Raises
-        ValueError where no teacher is set.
-        """
-        self._check_taught()
-        if gradient_steps < 1:
-            raise ValueError(f"gradient_steps must be >= 1, got {gradient_steps}")
-        schedule = learning_rate or (lambda _: self.lr_schedule(self._current_progress_remaining))
-        losses = []
-        for step in range(gradient_steps):
-            update_learning_rate(self.policy.optimizer, schedule(1 - step / gradient_steps))
-            losses.append(self._update(0.0, 1.0, self.batch_size))
-            self.distilled += 1
-            after_update()
+    def distil(self, *args: Any, **kwargs: Any) -> float:
+        """As `RecurrentLearner.distil`; ends with the target network equal to the online one."""
+        loss = super().distil(*args, **kwargs)
         self.q_net_target.load_state_dict(self.q_net.state_dict())
-        return float(np.mean(losses[-max(1, gradient_steps // 10) :]))
-
-    @classmethod
-    def load(cls: type[SelfSpikingDQN], *args: Any, **kwargs: Any) -> SelfSpikingDQN:
-        """SB3's ``load``, for files that you trust: a ``model.zip`` is unpickled, and so can run code of its writer.
-
-        What comes from elsewhere is loaded by `snn_rl.load_policy`, from a ``policy.safetensors``, which runs none.
-
-        Exploration goes on where the saved agent stopped. With ``seed=`` it starts anew, as SB3's does.
-        """
-        if kwargs.get("seed") is not None:
-            kwargs["_exploration"] = None  # SB3 sets attributes of `kwargs` in place of those saved
-        return super().load(*args, **kwargs)
-
-    def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_teacher", "_actor", "_captured"]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_captured": None}  # a copy has weights of its own
+        return loss
 
 
 def _check_ann(agent: object) -> None:
@@ -730,44 +381,16 @@ def _check_ann(agent: object) -> None:
         hint = ", whose network is no DQN's; collect takes it as an actor"
     else:
         hint = "; DQN.load makes one of an SB3 zip"
-    raise ValueError(f"from_ann takes a stable_baselines3.DQN, got {_named(agent)}{hint}")
+    raise ValueError(f"from_ann takes a stable_baselines3.DQN, got {named(agent)}{hint}")
 
 
 def _check_spiking(agent: object, method: str) -> None:
     if isinstance(agent, SpikingDQN):
         return
-    got, way_out = _named(agent), "of an ANN, SpikingDQN.from_ann makes one"
+    got, way_out = named(agent), "of an ANN, SpikingDQN.from_ann makes one"
     if isinstance(getattr(agent, "policy", None), SpikingDQNPolicy):
         if isinstance(agent, DQN):
             got, way_out = "one that DQN.load has loaded", "load it by SpikingDQN.load"
         else:  # a LoadedPolicy
             way_out = "load the agent's SB3 zip by SpikingDQN.load"
     raise ValueError(f"{method} takes a SpikingDQN, got {got}; {way_out}")
-
-
-def _check_same_spaces(
-    ours: Any, theirs: Any, we: str = "the environment", they: str = "the agent was trained on"
-) -> None:
-    """Check the spaces of an environment or agent against those of another agent, which may have none (a `Player`)."""
-    for name in ("observation_space", "action_space"):
-        has, wants = getattr(ours, name), getattr(theirs, name, None)
-        if wants is None or has == wants:
-            continue
-        way_out = "build it as for that agent's training"
-        if name == "observation_space" and (frames_of(wants, has) or 1) > 1:
-            way_out = "StackedTeacher lets a DQN on a stack of frames act on one"
-        raise ValueError(f"{we}'s {name} is {in_one_line(has)}, but {they} {in_one_line(wants)}; {way_out}")
-
-
-def _exploration_rate(actor: Player) -> float:
-    return float(getattr(actor, "exploration_rate", 0.0))
-
-
-def _named(value: object) -> str:
-    if isinstance(value, type):
-        return f"the class {value.__name__}"
-    return "None" if value is None else f"a {type(value).__name__}"
-
-
-def _dqn_of(agent: DQN | StackedTeacher) -> DQN:
-    return agent.dqn if isinstance(agent, StackedTeacher) else agent

@@ -9,10 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from gymnasium import spaces
-from stable_baselines3 import DQN
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.vec_env import (
     VecEnv,
     VecMonitor,
@@ -26,7 +24,10 @@ from snn_rl.base.progress import bar
 from snn_rl.core.activity import Activity, SpikeCounter, activity, count_spikes
 from snn_rl.core.network import SpikingNetwork
 from snn_rl.rl.environments import transposed
+from snn_rl.rl.network import StatefulNetwork
+from snn_rl.rl.policy import StatefulPolicy
 from snn_rl.rl.policy_file import LoadedPolicy
+from snn_rl.rl.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,23 @@ class Evaluation:
         }
 
 
-def spiking_network(agent: DQN | LoadedPolicy) -> SpikingNetwork | None:
+Agent = BaseAlgorithm | LoadedPolicy | Teacher  # whoever can be evaluated
+
+
+def stateful_network(agent: Agent) -> StatefulNetwork | None:
+    """The network of an agent of this package, and None of any other."""
+    policy = getattr(agent, "policy", None)
+    return policy.net if isinstance(policy, StatefulPolicy) else None
+
+
+def spiking_network(agent: Agent) -> SpikingNetwork | None:
     """The agent's spiking network, or None where it is an ANN."""
-    network = getattr(agent.policy.q_net, "network", None)
-    return network if isinstance(network, SpikingNetwork) else None
+    net = stateful_network(agent)
+    return net.network if net is not None and isinstance(net.network, SpikingNetwork) else None
 
 
 def evaluate(
-    agent: DQN | LoadedPolicy,
+    agent: Agent,
     env: VecEnv,
     episodes: int,
     *,
@@ -104,16 +114,18 @@ def evaluate(
         returns, lengths = _play(agent, env, episodes, counter, max_episode_steps, tick)
     measured = None
     if network is not None and counter is not None:
-        persistent = bool(agent.policy.q_net.persistent)
-        measured = activity(network, counter.rates(), _input_shape(agent.observation_space), persistent=persistent)
+        net = stateful_network(agent)
+        assert net is not None
+        measured = activity(network, counter.rates(), _input_shape(net), persistent=net.persistent)
     return Evaluation(returns, lengths, measured)
 
 
-def _input_shape(space: spaces.Space) -> tuple[int, ...]:
+def _input_shape(net: StatefulNetwork) -> tuple[int, ...]:
     """Of one observation as the network takes it: a discrete one is one-hot."""
-    observation = preprocess_obs(torch.as_tensor(np.zeros((1, *(space.shape or ())), space.dtype)), space)
-    assert isinstance(observation, torch.Tensor)
-    return tuple(observation.shape[1:])
+    space = net.observation_space
+    device = next(net.network.parameters()).device
+    zeros = torch.as_tensor(np.zeros((1, *(space.shape or ())), space.dtype), device=device)
+    return tuple(net.preprocess(zeros).shape[1:])
 
 
 def is_monitored(env: VecEnv) -> bool:
@@ -121,14 +133,20 @@ def is_monitored(env: VecEnv) -> bool:
     return is_vecenv_wrapped(env, VecMonitor) or all(env.env_is_wrapped(Monitor))
 
 
-def _check_statistics(agent: DQN | LoadedPolicy, env: VecEnv) -> None:
+def _check_statistics(agent: Agent, env: VecEnv) -> None:
     """Raises ValueError where ``env`` normalizes by other statistics than the agent was trained with."""
     ours = unwrap_vec_normalize(env)
     if ours is not None and ours.norm_reward and _is_above(VecMonitor, ours, env):
         raise ValueError(
             "VecMonitor would count normalized rewards: put it inside VecNormalize, around the environments"
         )
-    trained_in = agent.get_env() if isinstance(agent, DQN) else None
+    net = stateful_network(agent)
+    if net is not None and net.normalizer is not None and ours is not None and ours.norm_obs:
+        raise ValueError(
+            "the agent normalizes its observations itself, by the statistics in its policy; leave VecNormalize out of "
+            "the environment"
+        )
+    trained_in = agent.get_env() if isinstance(agent, BaseAlgorithm) else None
     if trained_in is not None:
         theirs = _statistics(unwrap_vec_normalize(trained_in))
         if theirs is None and _statistics(ours) is not None:
@@ -173,7 +191,7 @@ def _is_above(wrapper: type[VecEnv], inner: VecEnv, env: VecEnv) -> bool:
 
 
 def _play(
-    agent: DQN | LoadedPolicy,
+    agent: Agent,
     env: VecEnv,
     episodes: int,
     counter: SpikeCounter | None,

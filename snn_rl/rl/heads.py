@@ -127,7 +127,7 @@ class Continuous(Head):
         low, high = self.action_space.low, self.action_space.high
         out = out.reshape(len(out), *self.action_space.shape)
         if self.squashed:
-            return (low + 0.5 * (np.tanh(out) + 1.0) * (high - low)).astype(self.action_space.dtype)
+            out = low + 0.5 * (np.tanh(out) + 1.0) * (high - low)  # which rounding may put beyond a bound
         return np.clip(out, low, high).astype(self.action_space.dtype)
 
     def loss(self, out: Tensor, wanted: Tensor, mask: Tensor) -> Tensor:

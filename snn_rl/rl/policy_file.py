@@ -13,18 +13,23 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
-from stable_baselines3 import DQN
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor, NatureCNN
-from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
+from stable_baselines3.dqn.policies import DQNPolicy
 from torch import nn
 
 from snn_rl.base.progress import one_line
 from snn_rl.base.weights_file import MAX_TIMESTEPS, check_fits, read_weights, write_weights
-from snn_rl.core.network import SpikingNetwork
+from snn_rl.rl.actor import actor_of
 from snn_rl.rl.features import ConvExtractor
-from snn_rl.rl.policy import NumpyState, SpikingDQNPolicy, SpikingQNetwork, check_forwards
+from snn_rl.rl.heads import HEADS, head_of, kind_of
+from snn_rl.rl.network import ActorNetwork, Normalizer, NumpyState
+from snn_rl.rl.policy import AgentPolicy, SpikingDQNPolicy, check_forwards
+from snn_rl.rl.statistics import Statistics
+from snn_rl.rl.teacher import statistics_of
 
-FORMAT = "snn_rl-policy-2"
+FORMAT = "snn_rl-policy-3"
 EXTRACTORS: dict[str, type[BaseFeaturesExtractor]] = {
     "FlattenExtractor": FlattenExtractor,
     "NatureCNN": NatureCNN,
@@ -42,21 +47,21 @@ MAX_LAYERS = 128
 class LoadedPolicy:
     """A greedy policy from a file; `predict` is SB3's, so ``evaluate_policy`` takes it.
 
-    ``timesteps`` is None for an ANN, whose state is always None. ``metadata["provenance"]`` says where it comes from.
+    ``timesteps`` is None for an ANN, whose state is always empty. ``metadata["provenance"]`` says where it comes from.
+    Observations are taken as the environment gives them: a policy that was trained on normalised ones normalises them.
     """
 
-    policy: DQNPolicy
+    policy: AgentPolicy
     metadata: dict[str, Any]
 
     @property
     def timesteps(self) -> int | None:
-        return self.network.timesteps if isinstance(self.network, SpikingNetwork) else None
+        return self.policy.net.timesteps
 
     @property
     def network(self) -> nn.Module:
-        """The `SpikingNetwork`, or the ANN's Q-network."""
-        q_net = self.policy.q_net
-        return q_net.network if isinstance(self.policy, SpikingDQNPolicy) else q_net  # type: ignore[return-value]
+        """The `SpikingNetwork`, or the ANN."""
+        return self.policy.net.network
 
     @property
     def observation_space(self) -> spaces.Space:
@@ -72,35 +77,36 @@ class LoadedPolicy:
         state: NumpyState | None = None,
         episode_start: np.ndarray | None = None,
         deterministic: bool = True,
-    ) -> tuple[np.ndarray, NumpyState | None]:
-        """Greedy actions and the membranes afterwards; see `SpikingDQNPolicy.predict`."""
+    ) -> tuple[np.ndarray, NumpyState]:
+        """Greedy actions and the membranes afterwards; see `AgentPolicy.predict`."""
         return self.policy.predict(observation, state, episode_start, deterministic)
 
 
-def save_policy(model: DQN, path: Path | str, provenance: dict[str, Any]) -> None:
-    """Write the online network of an SB3 DQN or a `SpikingDQN` to ``path``, atomically.
+def save_policy(agent: BaseAlgorithm | BasePolicy | LoadedPolicy, path: Path | str, provenance: dict[str, Any]) -> None:
+    """Write the actor of an agent to ``path``, atomically: a spiking one, or one of SB3 with a network of ReLUs.
 
-    ``provenance`` says where it comes from, in whatever JSON holds. The scripts that play a file look for ``recipe``, a
-    name in `RECIPES` of ``agents``, and ``env_kwargs``, of its environment.
+    The statistics of a ``VecNormalize`` that the agent was trained in become part of the file. ``provenance`` says
+    where it comes from, in whatever JSON holds. The scripts that play a file look for ``recipe``, a name in `RECIPES`
+    of ``agents``, and ``env_kwargs``, of its environment.
 
     Raises:
-        ValueError: a features extractor, an activation, a space, a Q-network or a provenance that the format cannot
+        ValueError: a features extractor, an activation, a space, a network or a provenance that the format cannot
             hold. Nothing is written then.
     """
     if not isinstance(provenance, dict):
         raise ValueError(f"provenance must be a dict, got {provenance!r}")
-    policy = model.policy
-    metadata = {**_description(policy), "provenance": provenance}
+    net, description = _described(agent)
+    metadata = {**description, "provenance": provenance}
     try:
         metadata = json.loads(json.dumps(metadata, default=_number))
     except (TypeError, ValueError) as error:
         raise ValueError(f"provenance must hold what JSON does: {error}") from error
-    write_weights(Path(path), policy.q_net, FORMAT, metadata)
+    write_weights(Path(path), net, FORMAT, metadata)
 
 
-def check_storable(policy: DQNPolicy) -> None:
-    """Raises ValueError for a policy that a policy file cannot hold: what `save_policy` would refuse."""
-    _description(policy)
+def check_storable(agent: BaseAlgorithm | BasePolicy | LoadedPolicy) -> None:
+    """Raises ValueError for an agent that a policy file cannot hold: what `save_policy` would refuse."""
+    _described(agent)
 
 
 def check_space(space: spaces.Space) -> None:
@@ -108,35 +114,79 @@ def check_space(space: spaces.Space) -> None:
     _space_from_json(_space_to_json(space))
 
 
-def _description(policy: DQNPolicy) -> dict[str, Any]:
-    """What a file says of a policy, checked by reading it back. ValueError where it would not come back as it is."""
-    check_forwards(policy)
-    extractor = policy.features_extractor_class.__name__
-    if EXTRACTORS.get(extractor) is not policy.features_extractor_class:
-        raise ValueError(
-            f"features extractor {extractor!r} cannot be stored in a policy file, which knows {sorted(EXTRACTORS)}; "
-            "keep model.zip"
-        )
-    if policy.activation_fn is not nn.ReLU:
-        raise ValueError(
-            f"activation {policy.activation_fn.__name__} cannot be stored in a policy file, which knows ReLU; train "
-            "with ReLU, or keep model.zip"
-        )
+def _described(agent: BaseAlgorithm | BasePolicy | LoadedPolicy) -> tuple[nn.Module, dict[str, Any]]:
+    """What a file holds of an agent: the module of its weights, and what it says of them.
+
+    Checked by reading it back. ValueError where it would not come back as it is.
+    """
+    policy: BasePolicy = agent if isinstance(agent, BasePolicy) else agent.policy
+    net = nn.Module()  # of an `ActorNetwork`, by the names of its parts
+    spiking: dict[str, Any] | None = None
+    statistics: Statistics | None = None
+    if isinstance(policy, AgentPolicy):
+        net = policy.net
+        kwargs: dict[str, Any] = policy.agent_kwargs
+        kind, net_arch, statistics = kwargs["head"], policy.net_arch, kwargs["statistics"]
+        if policy.net.timesteps is not None:
+            spiking = {name: kwargs[name] for name in ("timesteps", "leak", "leak_reset", "persistent")}
+        extractor_class, extractor_kwargs = policy.features_extractor_class, policy.features_extractor_kwargs
+    else:
+        if isinstance(policy, DQNPolicy):
+            check_forwards(policy)
+            if policy.activation_fn is not nn.ReLU:
+                raise _unknown_activation(policy.activation_fn)
+        extractor_class, extractor_kwargs = policy.features_extractor_class, policy.features_extractor_kwargs
+        if isinstance(policy, SpikingDQNPolicy):
+            kind, net_arch, spiking = "values", policy.net_arch, policy.spiking_kwargs
+            net.network = policy.q_net.network
+        else:
+            _check_extractor(extractor_class)
+            actor = actor_of(policy)
+            for between in list(actor.mlp)[1::2]:
+                if type(between) is not nn.ReLU:
+                    raise _unknown_activation(type(between))
+            if len(actor.mlp) % 2 == 0:
+                last = type(actor.mlp[-1]).__name__
+                raise ValueError(f"an actor that ends in a {last} cannot be stored in a policy file; keep model.zip")
+            kind, net_arch = kind_of(actor.head), list(actor.net_arch)
+            net.network = actor.network
+        statistics = statistics_of(agent)
+        if statistics is not None:
+            net.normalizer = Normalizer.of(statistics)
+    _check_extractor(extractor_class)
     description = {
         "observation_space": _space_to_json(policy.observation_space),
         "action_space": _space_to_json(policy.action_space),
-        "net_arch": list(policy.net_arch),
-        "features_extractor": extractor,
-        "features_extractor_kwargs": policy.features_extractor_kwargs,
+        "head": kind,
+        "net_arch": list(net_arch),
+        "features_extractor": extractor_class.__name__,
+        "features_extractor_kwargs": extractor_kwargs,
         "normalize_images": policy.normalize_images,
-        "spiking": policy.spiking_kwargs if isinstance(policy, SpikingDQNPolicy) else None,
+        "spiking": spiking,
+        "statistics": None if statistics is None else {"clip": statistics.clip, "epsilon": statistics.epsilon},
     }
     try:
         description = json.loads(json.dumps(description, default=_number))
-        check_fits(_Description({**description, "provenance": {}}).q_net, policy.q_net.state_dict())
+        check_fits(_Description({**description, "provenance": {}}).net, net.state_dict())
     except (TypeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"the policy cannot be stored in a policy file: {one_line(error)}; keep model.zip") from error
-    return description
+    return net, description
+
+
+def _check_extractor(extractor: type[BaseFeaturesExtractor]) -> None:
+    name = extractor.__name__
+    if EXTRACTORS.get(name) is not extractor:
+        raise ValueError(
+            f"features extractor {name!r} cannot be stored in a policy file, which knows {sorted(EXTRACTORS)}; "
+            "keep model.zip"
+        )
+
+
+def _unknown_activation(activation: Any) -> ValueError:
+    return ValueError(
+        f"activation {activation.__name__} cannot be stored in a policy file, which knows ReLU; train "
+        "with ReLU, or keep model.zip"
+    )
 
 
 def _number(value: object) -> object:
@@ -156,9 +206,9 @@ def load_policy(path: str | Path, device: str = "cpu") -> LoadedPolicy:
     metadata, weights = read_weights(path, FORMAT, "policy", "policy.safetensors")
     try:
         description = _Description(metadata)
-        check_fits(description.q_net, weights)
+        check_fits(description.net, weights)
         policy = description.policy()
-        policy.q_net.load_state_dict(weights)
+        policy.net.load_state_dict(weights)
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, ArithmeticError, AssertionError) as error:
         raise ValueError(f"{path} describes no policy that can be built: {one_line(error)}") from error
     policy.set_training_mode(False)
@@ -186,10 +236,16 @@ class _Description:
             raise ValueError(f"the sizes of layers must be integers >= 1, got {sizes}")
         self.normalize_images = bool(metadata["normalize_images"])
         self.observation_space = _space_from_json(metadata["observation_space"])
-        action_space = _space_from_json(metadata["action_space"])
-        if not isinstance(action_space, spaces.Discrete):
-            raise ValueError(f"the action space must be Discrete, got {action_space}")
-        self.action_space = action_space
+        self.action_space = _space_from_json(metadata["action_space"])
+        if metadata["head"] not in HEADS:
+            raise ValueError(f"unknown head {metadata['head']!r}, known are {', '.join(HEADS)}")
+        self.head = metadata["head"]
+        self.statistics = metadata["statistics"]
+        if self.statistics is not None:
+            for name in ("clip", "epsilon"):
+                value = self.statistics[name]
+                if not isinstance(value, int | float) or not 0 <= value < math.inf:
+                    raise ValueError(f"{name} of the statistics must be a finite number >= 0, got {value!r}")
         if not isinstance(metadata["provenance"], dict):
             raise ValueError(f"provenance must be an object, got {metadata['provenance']!r}")
         self.spiking = metadata["spiking"]
@@ -201,29 +257,42 @@ class _Description:
             if not isinstance(self.spiking.get(name, False), bool):
                 raise ValueError(f"{name} must be true or false, got {self.spiking[name]!r}")
 
-    def q_net(self) -> nn.Module:
+    def net(self) -> ActorNetwork:
         """The network alone, as `policy` builds it."""
-        extractor = self.extractor(self.observation_space, **self.extractor_kwargs)
-        kwargs: dict[str, Any] = {
-            "observation_space": self.observation_space,
-            "action_space": self.action_space,
-            "features_extractor": extractor,
-            "features_dim": extractor.features_dim,
-            "net_arch": self.net_arch,
-            "normalize_images": self.normalize_images,
-        }
-        return QNetwork(**kwargs) if self.spiking is None else SpikingQNetwork(**kwargs, **self.spiking)
+        normalizer = None
+        if self.statistics is not None:
+            assert self.observation_space.shape is not None
+            normalizer = Normalizer(self.observation_space.shape, self.statistics["clip"], self.statistics["epsilon"])
+        return ActorNetwork(
+            self.observation_space,
+            head_of(self.head, self.action_space),
+            self.extractor(self.observation_space, **self.extractor_kwargs),
+            self.net_arch,
+            self.normalize_images,
+            normalizer=normalizer,
+            **(self.spiking or {}),
+        )
 
-    def policy(self) -> DQNPolicy:
-        kwargs: dict[str, Any] = {
-            "net_arch": self.net_arch,
-            "features_extractor_class": self.extractor,
-            "features_extractor_kwargs": self.extractor_kwargs,
-            "normalize_images": self.normalize_images,
-        }
-        if self.spiking is None:
-            return DQNPolicy(self.observation_space, self.action_space, _no_schedule, **kwargs)
-        return SpikingDQNPolicy(self.observation_space, self.action_space, _no_schedule, **kwargs, **self.spiking)
+    def policy(self) -> AgentPolicy:
+        statistics = None
+        if self.statistics is not None:  # their values are among the weights
+            assert self.observation_space.shape is not None
+            shape = self.observation_space.shape
+            statistics = Statistics(
+                np.zeros(shape), np.ones(shape), self.statistics["clip"], self.statistics["epsilon"]
+            )
+        return AgentPolicy(
+            self.observation_space,
+            self.action_space,
+            _no_schedule,
+            head=self.head,
+            net_arch=self.net_arch,
+            features_extractor_class=self.extractor,
+            features_extractor_kwargs=self.extractor_kwargs,
+            normalize_images=self.normalize_images,
+            statistics=statistics,
+            **(self.spiking or {}),
+        )
 
 
 def _no_schedule(_: float) -> float:
@@ -235,30 +304,56 @@ def _space_to_json(space: spaces.Space) -> dict[str, Any]:
         if space.start != 0:
             raise ValueError(f"a policy file knows Discrete spaces from 0 on, not {space}; subtract the start")
         return {"type": "Discrete", "n": int(space.n)}
+    if isinstance(space, spaces.MultiDiscrete):
+        if np.any(space.start) or space.nvec.ndim != 1:
+            raise ValueError(f"a policy file knows MultiDiscrete spaces of one axis, from 0 on, not {space}")
+        return {"type": "MultiDiscrete", "nvec": space.nvec.tolist()}
+    if isinstance(space, spaces.MultiBinary):
+        return {"type": "MultiBinary", "shape": list(space.shape)}
     if isinstance(space, spaces.Box):
         low, high = (
             bound.flat[0].item() if bound.size and (bound == bound.flat[0]).all() else bound.tolist()
             for bound in (space.low, space.high)
         )
         return {"type": "Box", "low": low, "high": high, "shape": list(space.shape), "dtype": str(space.dtype)}
-    raise ValueError(f"a policy file knows Box and Discrete spaces, not {' '.join(str(space).split())}; keep model.zip")
+    raise ValueError(
+        "a policy file knows Box, Discrete, MultiDiscrete and MultiBinary spaces, not "
+        f"{' '.join(str(space).split())}; keep model.zip"
+    )
 
 
 def _space_from_json(value: dict[str, Any]) -> spaces.Space:
-    if value["type"] == "Discrete":
-        n = int(value["n"])
-        if not 1 <= n <= MAX_ACTIONS:
-            raise ValueError(f"the number of actions must lie in [1, {MAX_ACTIONS}], got {n}")
-        return spaces.Discrete(n)
-    if value["type"] == "Box":
-        shape, dtype = tuple(map(int, value["shape"])), np.dtype(str(value["dtype"]))
-        if not shape:
-            raise ValueError("an observation must have an axis, got shape (): make it (1,)")
-        if not all(side >= 1 for side in shape) or math.prod(shape) > MAX_OBSERVATION:
-            raise ValueError(f"an observation must have 1 to {MAX_OBSERVATION:,} entries, got shape {shape}")
+    kind = value["type"]
+    if kind == "Discrete":
+        return spaces.Discrete(_choices(value["n"]))
+    if kind == "MultiDiscrete":
+        nvec = [_choices(n) for n in value["nvec"]]
+        if not 1 <= len(nvec) <= MAX_ACTIONS:
+            raise ValueError(f"the number of components must lie in [1, {MAX_ACTIONS}], got {len(nvec)}")
+        return spaces.MultiDiscrete(nvec)
+    if kind == "MultiBinary":
+        return spaces.MultiBinary(_shape(value))
+    if kind == "Box":
+        shape, dtype = _shape(value), np.dtype(str(value["dtype"]))
         if dtype.kind not in "uifb":
             raise ValueError(f"observations must be numbers or booleans, got {dtype}")
         with np.errstate(over="raise"):
             low, high = (np.broadcast_to(np.asarray(value[key], dtype=dtype), shape) for key in ("low", "high"))
         return spaces.Box(low, high, shape, dtype=dtype.type)
-    raise ValueError(f"unknown space {value['type']!r}")
+    raise ValueError(f"unknown space {kind!r}")
+
+
+def _choices(value: Any) -> int:
+    n = int(value)
+    if not 1 <= n <= MAX_ACTIONS:
+        raise ValueError(f"the number of actions must lie in [1, {MAX_ACTIONS}], got {n}")
+    return n
+
+
+def _shape(value: dict[str, Any]) -> tuple[int, ...]:
+    shape = tuple(map(int, value["shape"]))
+    if not shape:
+        raise ValueError("an observation must have an axis, got shape (): make it (1,)")
+    if not all(side >= 1 for side in shape) or math.prod(shape) > MAX_OBSERVATION:
+        raise ValueError(f"an observation must have 1 to {MAX_OBSERVATION:,} entries, got shape {shape}")
+    return shape

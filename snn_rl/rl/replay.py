@@ -22,7 +22,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecFrameStack, VecNormalize
 from torch import Tensor
 
-from snn_rl.rl.spaces import channels_first, check_spaces
+from snn_rl.rl.spaces import channels_first, check_observation_space
 
 
 def frame_stack_of(env: VecEnv) -> int:
@@ -50,11 +50,13 @@ class Windows(NamedTuple):
     """Contiguous windows of the timelines, time first; ``length`` slots each."""
 
     observations: Tensor  # (length, batch, ...)
-    actions: Tensor  # (length, batch), int64; 0 where none was taken
+    actions: Tensor  # (length, batch, *action_space.shape), int64 of discrete ones; 0 where none was taken
     rewards: Tensor  # (length, batch)
     acted: Tensor  # (length, batch), bool: an action was taken here, so the next slot follows from it
     terminated: Tensor  # (length, batch), bool: and it ended the episode, so that nothing may be bootstrapped
     episode_start: Tensor  # (length, batch), bool: membranes are cleared before this slot
+    labels: Tensor  # (length, batch, label_size): a teacher's outputs; zeros where it was not asked
+    labelled: Tensor  # (length, batch), bool: it was
 
 
 class SequenceReplayBuffer(ReplayBuffer):
@@ -66,12 +68,13 @@ class SequenceReplayBuffer(ReplayBuffer):
         optimize_memory_usage: changes nothing. Each frame is stored once in any case.
         frame_stack: how many frames an observation stacks along its `stacking_axis`; see `frame_stack_of`.
         n_steps, gamma: of the return that `sample` computes.
+        label_size: numbers that a teacher says of an observation, see `label`.
 
     Observations are kept unnormalised; samples are normalised by the ``VecNormalize`` passed in, as in SB3.
 
     Raises:
-        ValueError: a space that `check_spaces` refuses, a size too small, or a stack that does not divide the
-            observation.
+        ValueError: observations that `check_observation_space` refuses, a size too small, or a stack that does not
+            divide the observation.
     """
 
     def __init__(
@@ -86,8 +89,9 @@ class SequenceReplayBuffer(ReplayBuffer):
         frame_stack: int = 1,
         n_steps: int = 1,
         gamma: float = 0.99,
+        label_size: int = 0,
     ) -> None:
-        check_spaces(observation_space, action_space)
+        check_observation_space(observation_space)
         # Not ReplayBuffer's own __init__, which takes memory for every stacked observation, twice.
         BaseBuffer.__init__(self, buffer_size, observation_space, action_space, device, n_envs=n_envs)
         self.buffer_size = buffer_size // n_envs  # slots per environment
@@ -106,7 +110,12 @@ class SequenceReplayBuffer(ReplayBuffer):
         self.handle_timeout_termination = handle_timeout_termination
         slots = (n_envs, self.buffer_size)
         self.frames = np.zeros((*slots, *frame_shape), dtype=observation_space.dtype)
-        self.slot_actions = np.zeros(slots, dtype=np.int64)
+        assert action_space.shape is not None
+        self.action_shape = action_space.shape
+        discrete = np.issubdtype(action_space.dtype, np.integer)
+        self.slot_actions = np.zeros((*slots, *self.action_shape), np.int64 if discrete else action_space.dtype)
+        self.labels = np.zeros((*slots, label_size), dtype=np.float32)
+        self.labelled = np.zeros(slots, dtype=bool)
         self.slot_rewards = np.zeros(slots, dtype=np.float32)
         self.acted = np.zeros(slots, dtype=bool)
         self.terminated = np.zeros(slots, dtype=bool)
@@ -134,7 +143,10 @@ class SequenceReplayBuffer(ReplayBuffer):
         """
         shape = (self.n_envs, *self.obs_shape)
         obs, next_obs = np.asarray(obs).reshape(shape), np.asarray(next_obs).reshape(shape)
-        actions, rewards = np.asarray(action).reshape(self.n_envs), np.asarray(reward).reshape(self.n_envs)
+        actions, rewards = (
+            np.asarray(action).reshape(self.n_envs, *self.action_shape),
+            np.asarray(reward).reshape(self.n_envs),
+        )
         for name, values in (("observation", obs), ("observation", next_obs), ("reward", rewards)):
             if values.dtype.kind == "f" and not np.isfinite(values).all():
                 i = int(np.argwhere(~np.isfinite(values))[0, 0])
@@ -164,6 +176,13 @@ class SequenceReplayBuffer(ReplayBuffer):
         self.full = bool((self.count >= self.buffer_size).all())
         self.pos = int(self.count.min() % self.buffer_size)
 
+    def label(self, labels: np.ndarray) -> None:
+        """What a teacher says, (n_envs, label_size), of the observations that were last acted on, after `add`."""
+        env = np.arange(self.n_envs)
+        slot = (self.count - 2) % self.buffer_size  # the newest holds the observation that followed
+        self.labels[env, slot] = labels
+        self.labelled[env, slot] = True
+
     def _frames_of(self, observation: np.ndarray) -> list[np.ndarray]:
         """The frames of one stacked observation, oldest first."""
         return np.split(observation, self.frame_stack, axis=self.axis)
@@ -174,7 +193,7 @@ class SequenceReplayBuffer(ReplayBuffer):
     def _write(self, i: int, frame: np.ndarray, *, episode_start: bool) -> None:
         slot = self.count[i] % self.buffer_size
         self.frames[i, slot] = frame
-        self.acted[i, slot] = self.terminated[i, slot] = False
+        self.acted[i, slot] = self.terminated[i, slot] = self.labelled[i, slot] = False
         self.slot_actions[i, slot] = self.slot_rewards[i, slot] = 0
         self.episode_start[i, slot] = episode_start
         self.count[i] += 1
@@ -256,6 +275,8 @@ class SequenceReplayBuffer(ReplayBuffer):
             acted=tensor(self.acted),
             terminated=tensor(self.terminated),
             episode_start=tensor(self.episode_start),
+            labels=tensor(self.labels),
+            labelled=tensor(self.labelled),
         )
 
     def sample(self, batch_size: int, env: VecNormalize | None = None) -> ReplayBufferSamples:
@@ -284,7 +305,7 @@ class SequenceReplayBuffer(ReplayBuffer):
             steps += going
         return ReplayBufferSamples(
             observations=self._observations(column, slot, env),
-            actions=self.to_torch(self.slot_actions[column, slot % self.buffer_size][:, None]),
+            actions=self.to_torch(self.slot_actions[column, slot % self.buffer_size].reshape(batch_size, -1)),
             next_observations=self._observations(column, slot + steps, env),
             dones=self.to_torch(terminated[:, None].astype(np.float32)),
             rewards=self.to_torch(returns[:, None].astype(np.float32)),

@@ -30,6 +30,11 @@ def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) ->
             f"DQN needs Discrete actions from 0 on, got {in_one_line(action_space)}; wrap the environment in "
             f"gymnasium.wrappers.TransformAction, to add {action_space.start} to each action"
         )
+    check_observation_space(observation_space)
+
+
+def check_observation_space(observation_space: spaces.Space) -> None:
+    """Check that an agent can observe this space, as `check_spaces` says. Raises UnsupportedSpaceError."""
     refused = _why_not_observed(observation_space)
     if refused is not None:
         must, way_out = refused

@@ -174,7 +174,7 @@ def _config(policy: LoadedPolicy, env_id: str, path: Path) -> dict[str, Any]:
         "algorithm": _algorithm(policy),
         "env_id": env_id,
         "timesteps": policy.timesteps,
-        "parameters": sum(weight.numel() for weight in policy.policy.q_net.parameters()),
+        "parameters": sum(weight.numel() for weight in policy.network.parameters()),
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "policy": _plain(description),
         "provenance": _plain(policy.metadata["provenance"]),

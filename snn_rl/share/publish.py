@@ -135,12 +135,12 @@ def _published(path: Path) -> Any:
 
 
 def _fits_half(trained: LoadedPolicy) -> bool:
-    return all(bool(torch.isfinite(weight.half()).all()) for weight in trained.policy.q_net.state_dict().values())
+    return all(bool(torch.isfinite(weight.half()).all()) for weight in trained.network.state_dict().values())
 
 
 def _write(trained: LoadedPolicy, path: Path, *, half: bool) -> LoadedPolicy:
     """Write the weights in half or single precision; returns the policy as it comes back from the file."""
-    write_weights(path, trained.policy.q_net, FORMAT, trained.metadata, half=half)
+    write_weights(path, trained.policy.net, FORMAT, trained.metadata, half=half)
     return load_policy(path)
 
 

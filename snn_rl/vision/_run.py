@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from snn_rl.runs import task
 from snn_rl.runs.stages import Stage
 from snn_rl.vision.classifier import Classifier
 from snn_rl.vision.data import ImageFiles, Images, channel_statistics, hold_out, load_images
@@ -33,17 +34,15 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(task.Run):
     """One training of a recipe: where, with which seed, on which device, by how many processes."""
 
     recipe: VisionRecipe
-    directory: Path
-    seed: int
-    device: str
     rank: int = 0
     world: int = 1
-    progress_bar: bool = False
     deadline: float = math.inf  # of `time.monotonic`
+
+    memory_fields = "batch_size, width or image_size"
 
     @cached_property
     def data(self) -> Data:
@@ -85,6 +84,19 @@ class Run:
     def autocast(self) -> torch.autocast:
         """bfloat16 where tensor cores make it pay."""
         return torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.device.startswith("cuda"))
+
+    @property
+    def writes(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def hardware(self) -> str:
+        return super().hardware + (f", {self.world} processes" if self.world > 1 else "")
+
+    def is_late(self) -> bool:
+        """Whether any process has passed the deadline: all have to agree to stop."""
+        late = torch.tensor(float(time.monotonic() > self.deadline), device=self.device)
+        return bool(self.total(late) > 0)
 
     def total(self, values: Tensor) -> Tensor:
         """The sum over all processes."""

@@ -17,8 +17,9 @@ from matplotlib.figure import Figure
 
 from snn_rl.base.files import atomic
 from snn_rl.runs.results import load_results
+from snn_rl.vision.classifier_training import MODEL
 from snn_rl.vision.recipe import VISION_RECIPES, VisionRecipe
-from snn_rl.vision.training import MODEL, run
+from snn_rl.vision.training import run
 
 
 @dataclass(frozen=True)

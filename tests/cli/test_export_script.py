@@ -14,7 +14,7 @@ from envs.classic import make_cartpole
 from scripts.export import main
 from snn_rl import SpikingDQN, load_policy, save_policy, to_spiking
 from snn_rl.runs._run import Run
-from snn_rl.runs.agent import new_ann
+from snn_rl.runs.ann import new_ann
 from snn_rl.share import read_nir
 from snn_rl.vision import Classifier, build, save_classifier
 

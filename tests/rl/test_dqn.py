@@ -279,14 +279,14 @@ def test_the_td_loss_by_hand() -> None:
                 total, weight, at = total + weight * w.rewards[at, b].item(), weight * 0.9, at + 1
             target = total + weight * q_target[at, b, q[at, b].argmax()].item()
             losses.append(F.smooth_l1_loss(q[t, b, w.actions[t, b]], torch.tensor(target)).item())
-    assert agent._loss(w, 1.0, 0.0).item() == pytest.approx(np.mean(losses), rel=1e-4)
+    assert agent._loss(w).item() == pytest.approx(np.mean(losses), rel=1e-4)
 
 
 def test_gradients_flow_through_the_trained_frames_only() -> None:
     agent = model()
     w = random_windows(agent.window_length, 6)
     w.observations.requires_grad_()
-    agent._loss(w, 1.0, 0.0).backward()
+    agent._loss(w).backward()
     gradient = w.observations.grad
     assert gradient is not None
     moved = gradient.abs().sum(dim=(1, 2)) > 0
@@ -366,7 +366,7 @@ def test_what_is_not_finite_stops_training_before_it_spoils_the_weights(
     else:
         message = "the loss is inf in update .*: train with a learning rate below 0.0001"
         original = agent._loss
-        monkeypatch.setattr(agent, "_loss", lambda *of: original(*of) * 1e39)
+        monkeypatch.setattr(agent, "_loss", lambda windows: original(windows) * 1e39)
     before = parameters(agent)
     with pytest.raises(ValueError, match=message):
         agent.train(1, 4)
@@ -511,7 +511,7 @@ def test_from_ann_refuses_another_environment(ann: DQN) -> None:
 
 def test_from_ann_refuses_an_activation_that_cannot_spike() -> None:
     dqn = DQN("MlpPolicy", cartpole(), policy_kwargs={"net_arch": [8], "activation_fn": nn.Tanh}, device="cpu")
-    with pytest.raises(ValueError, match=r"cannot convert node 'q_1' \(Tanh\)"):
+    with pytest.raises(ValueError, match=r"cannot convert node 'mlp_1' \(Tanh\)"):
         SpikingDQN.from_ann(dqn, cartpole(), **{**TINY, "policy_kwargs": {}})
 
 
@@ -535,7 +535,7 @@ def test_collect_leaves_the_learning_rate_at_its_start(ann: DQN) -> None:
     agent = SpikingDQN.from_ann(ann, cartpole(2), **{**TINY, "policy_kwargs": {}, "learning_rate": schedule})
     agent.teacher = ann
     agent.collect(ann, 200)
-    agent.distill(1)
+    agent.distil(1)
     assert agent.policy.optimizer.param_groups[0]["lr"] == 1e-2
 
 
@@ -563,10 +563,12 @@ def test_the_teacher_is_not_changed_by_teaching(ann: DQN, tmp_path: Path) -> Non
     loaded = DQN.load(tmp_path / "ann.zip", device="cpu")
     loaded.policy.set_training_mode(True)  # as a loaded DQN's network is
     agent = SpikingDQN.from_ann(ann, cartpole(2), **{**TINY, "policy_kwargs": {}}, distillation_weight=1.0)
-    agent.collect(ann, 200)
+    before = parameters(loaded)
     agent.teacher = loaded
-    agent.distill(1)
-    assert not loaded.q_net.training
+    agent.collect(ann, 200)
+    agent.distil(1)
+    assert loaded.q_net.training
+    assert torch.equal(parameters(loaded), before)
 
 
 def test_exploration_goes_on_where_it_was_saved(tmp_path: Path) -> None:
@@ -589,13 +591,13 @@ def test_the_callers_arguments_are_left_alone() -> None:
 def test_distillation_brings_the_network_to_its_teacher(ann: DQN) -> None:
     kwargs = {**TINY, "policy_kwargs": {}, "learning_rate": 1e-3, "batch_size": 16}
     agent = SpikingDQN.from_ann(ann, cartpole(2), timesteps=2, distillation_weight=1.0, td_weight=0.0, **kwargs)
-    with pytest.raises(ValueError, match="distillation needs a teacher: assign the ANN or the parent"):
-        agent.distill(1)
+    assert agent.teacher is not None
+    with pytest.raises(ValueError, match=r"nothing in the replay is labelled by a teacher: assign one to `.teacher`"):
+        agent.distil(1)
     ann.exploration_rate = 0.3
     agent.collect(ann, 600)
-    agent.teacher = ann
-    first = agent.distill(5)
-    last = agent.distill(200)
+    first = agent.distil(5)
+    last = agent.distil(200)
     assert last < 0.5 * first
     for online, target in zip(agent.q_net.parameters(), agent.q_net_target.parameters(), strict=True):
         assert torch.equal(online, target)
@@ -605,12 +607,11 @@ def test_distillation_follows_its_own_schedule_and_leaves_the_agents_alone(ann: 
     kwargs = {**TINY, "policy_kwargs": {}, "learning_rate": 1e-4}
     agent = SpikingDQN.from_ann(ann, cartpole(2), timesteps=2, distillation_weight=1.0, td_weight=0.0, **kwargs)
     agent.collect(ann, 200)
-    agent.teacher = ann
     rates = []
     step = agent.policy.optimizer.step
     agent.policy.optimizer.step = lambda: (rates.append(agent.policy.optimizer.param_groups[0]["lr"]), step())  # type: ignore[method-assign]
-    agent.distill(4, lambda remaining: 1e-2 * remaining)
-    agent.distill(2)
+    agent.distil(4, lambda remaining: 1e-2 * remaining)
+    agent.distil(2)
     agent.train(1, 4)
     assert rates == pytest.approx([1e-2, 7.5e-3, 5e-3, 2.5e-3, 1e-4, 1e-4, 1e-4])
 
@@ -621,8 +622,7 @@ def test_a_spike_weight_saves_spikes(ann: DQN) -> None:
         kwargs = {**TINY, "policy_kwargs": {}, "learning_rate": 3e-3, "batch_size": 16, "spike_weight": weight}
         agent = SpikingDQN.from_ann(ann, cartpole(2), timesteps=3, distillation_weight=1.0, td_weight=0.0, **kwargs)
         agent.collect(ann, 300)
-        agent.teacher = ann
-        agent.distill(100)
+        agent.distil(100)
         with count_spikes(agent.q_net.network) as counter:
             agent.q_net.network(torch.randn(64, 4, generator=torch.Generator().manual_seed(0)))
         rate[weight] = sum(counter.rates().values())
@@ -641,7 +641,7 @@ def test_a_spiking_parent_can_teach(ann: DQN, tmp_path: Path) -> None:
     child.policy.load_state_dict(parent.policy.state_dict(), strict=True)
     child.teacher = parent
     child.collect(parent, 100)
-    assert child.distill(3) > 0
+    assert child.distil(3) > 0
     child.save(tmp_path / "child.zip")
     assert SpikingDQN.load(tmp_path / "child.zip", device="cpu").teacher is None  # it would be saved with it
 
@@ -656,8 +656,8 @@ def test_a_spiking_parent_can_teach(ann: DQN, tmp_path: Path) -> None:
         ({"sequence_length": 0}, "sequence_length must be >= 1, got 0"),
         ({"burn_in": -1}, "burn_in must be >= 0, got -1"),
         ({"n_steps": 0}, "n_steps must be >= 1, got 0"),
-        ({"td_weight": 0.0}, "not both 0"),
-        ({"distillation_temperature": 0.0}, "distillation_temperature must be > 0"),
+        ({"td_weight": 0.0, "distillation_weight": 0.0}, "not both 0"),
+        ({"td_weight": -1.0}, "must be >= 0 and not both 0, got -1.0 and 1.0"),
         ({"spike_weight": -0.1}, "spike_weight must be >= 0, got -0.1"),
         ({"spike_weight": float("nan")}, "spike_weight must be >= 0, got nan"),
         ({"policy_kwargs": {"timesteps": 0}}, "timesteps must be an integer >= 1, got 0"),
@@ -686,17 +686,17 @@ def test_a_parent_hands_all_but_its_timesteps_on(ann: DQN) -> None:
     kwargs = {**TINY, "policy_kwargs": {}}
     parent = SpikingDQN.from_ann(ann, cartpole(2), timesteps=3, leak=0.7, persistent=False, **kwargs)
     with torch.no_grad():
-        parent.q_net.network.lif_layers["q_1"].raw_threshold.fill_(0.6)
+        parent.q_net.network.lif_layers["mlp_1"].raw_threshold.fill_(0.6)
     child = SpikingDQN.from_parent(parent, cartpole(2), 2, **kwargs)
     assert (child.timesteps, child.gamma, child.q_net.persistent) == (2, parent.gamma, False)
     assert torch.equal(parameters(child), parameters(parent))
     for online, target in zip(child.q_net.parameters(), child.q_net_target.parameters(), strict=True):
         assert torch.equal(online, target)  # whatever the parent's target was
+    child.teacher = ann
     child.collect(parent, 200)
     child.keep_rates(parent)
-    assert child.q_net.network.lif_layers["q_1"].threshold < 0.6  # fewer micro-steps to fire as often in
-    child.teacher = ann
-    child.distill(2)
+    assert child.q_net.network.lif_layers["mlp_1"].threshold < 0.6  # fewer micro-steps to fire as often in
+    child.distil(2)
     assert not torch.equal(parameters(child), parameters(parent))
 
 

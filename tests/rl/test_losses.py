@@ -25,6 +25,8 @@ def random_windows(length: int, batch: int, seed: int = 0) -> Windows:
         acted,
         flags(0.2) & acted,
         flags(0.1),
+        torch.randn(length, batch, 2, generator=rng),
+        flags(0.9),
     )
 
 

@@ -15,7 +15,7 @@ from stable_baselines3.common.torch_layers import create_mlp
 from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
 from torch import Tensor, nn
 
-from snn_rl import SpikingDQN, save_policy, without_dead_units
+from snn_rl import SpikingDQN, load_policy, save_policy, without_dead_units
 
 
 class Dueling(QNetwork):
@@ -104,14 +104,34 @@ def test_it_can_teach_instead() -> None:
     agent = SpikingDQN("MlpPolicy", "CartPole-v1", policy_kwargs={"net_arch": [8]}, **small, **taught)  # type: ignore[arg-type]
     agent.teacher = teacher
     agent.collect(teacher, 200)
-    assert agent.distill(2) > 0
+    assert agent.distil(2) > 0
 
 
-def test_layers_that_the_description_does_not_have_are_refused(tmp_path: Path) -> None:
+def test_layers_that_the_policy_does_not_describe_are_refused_or_come_back(tmp_path: Path) -> None:
     agent = dqn(policy_of(Deeper))
-    with pytest.raises(ValueError, match="the layers of the Q-network are not those"):
+    with pytest.raises(ValueError, match="the layers of the network are not those"):
         SpikingDQN.from_ann(agent, "CartPole-v1")
-    with pytest.raises(ValueError, match=r"cannot be stored in a policy file.*do not fit its description.*model\.zip"):
+    save_policy(agent, tmp_path / "policy.safetensors", {})  # which describes the layers that are there
+    obs = torch.as_tensor(np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32))
+    with torch.no_grad():
+        stored = load_policy(tmp_path / "policy.safetensors").network(obs)
+        torch.testing.assert_close(stored, agent.q_net(obs), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ((nn.ReLU(),), "an actor that ends in a ReLU cannot be stored in a policy file"),
+        ((nn.Tanh(), nn.Linear(2, 2)), "activation Tanh cannot be stored in a policy file, which knows ReLU"),
+        ((nn.Linear(2, 2),), "activation Linear cannot be stored|ends in a Linear|do not fit its description"),
+    ],
+)
+def test_layers_that_a_file_would_give_back_as_others_are_refused(
+    layers: tuple[nn.Module, ...], message: str, tmp_path: Path
+) -> None:
+    agent = dqn(DQNPolicy)
+    agent.q_net.q_net.extend(layers)
+    with pytest.raises(ValueError, match=message):
         save_policy(agent, tmp_path / "policy.safetensors", {})
     assert not list(tmp_path.iterdir())
 

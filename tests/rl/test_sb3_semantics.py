@@ -294,7 +294,7 @@ def test_images_whose_channels_are_last(stack: int) -> None:
     teacher: Any = dqn if stack == 2 else StackedTeacher(dqn, space)
     agent.teacher = teacher
     agent.collect(teacher, 60)
-    agent.distill(1)
+    agent.distil(1)
     child = SpikingDQN.from_parent(agent, stacked() if stack == 2 else Played(space), 1, **SPIKING)
     child.collect(agent, 60)
     child.keep_rates(agent)

@@ -103,5 +103,5 @@ def test_a_spiking_agent_on_one_frame_learns_from_it(ann: DQN) -> None:
     assert student.observation_space.shape == (2,)
     student.teacher = StackedTeacher(ann, env.observation_space)
     student.collect(student.teacher, 600)
-    first = student.distill(5)
-    assert student.distill(200) < 0.5 * first
+    first = student.distil(5)
+    assert student.distil(200) < 0.5 * first

@@ -25,13 +25,16 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import snn_rl.runs._run as agent_run
-import snn_rl.runs.agent as pipeline
 from agents import RECIPES
-from snn_rl import load_policy
+from snn_rl import SpikingDQN, load_policy
 from snn_rl.base.files import alone_in
 from snn_rl.cli.status import exit_status
+from snn_rl.runs import agent_training, life, task
+from snn_rl.runs import ann as ann_stage
 from snn_rl.runs.agent import run
+from snn_rl.runs.callbacks import StageCallback
 from snn_rl.runs.recipe import SEEDS_PER_RUN, TEST_SEEDS, VALIDATION_SEEDS, NetworkConfig, Recipe
+from snn_rl.runs.stages import Stage
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -164,13 +167,13 @@ def test_a_resumed_stage_goes_on_with_other_episodes(tmp_path: Path, monkeypatch
     class Killed(BaseException):
         pass
 
-    def finish(_: pipeline.StageCallback) -> None:
+    def finish(_: StageCallback) -> None:
         raise Killed
 
     seeds = record_seeds(monkeypatch)
     recipe = tiny(checkpoint_every=256)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.StageCallback, "finish", finish)
+        patch.setattr(StageCallback, "finish", finish)
         with pytest.raises(Killed):
             run(recipe, tmp_path, 5, device="cpu")
     begun = set(seeds)
@@ -189,24 +192,24 @@ def test_the_best_of_before_a_kill_is_not_lost(tmp_path: Path, monkeypatch: pyte
         pass
 
     scores = iter([10.0, 400.0])
-    evaluated = pipeline.evaluate
+    evaluated = agent_run.evaluate
 
     def evaluate(*args: Any, **kwargs: Any) -> Any:
         result = evaluated(*args, **kwargs)
         score = next(scores, 3.0)
         return dataclasses.replace(result, returns=[score])
 
-    original = pipeline.StageCallback._validate
+    original = StageCallback._validate
 
-    def validate(self: pipeline.StageCallback) -> None:
+    def validate(self: StageCallback) -> None:
         original(self)
         if len(self.history.validation) == 2:
             raise Killed
 
-    monkeypatch.setattr(pipeline, "evaluate", evaluate)
+    monkeypatch.setattr(agent_run, "evaluate", evaluate)
     recipe = tiny(schedule=(1,), checkpoint_every=400, validate_every=300)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.StageCallback, "_validate", validate)
+        patch.setattr(StageCallback, "_validate", validate)
         with pytest.raises(Killed):
             run(recipe, tmp_path, 0, device="cpu")
     ann = run(recipe, tmp_path, 0, device="cpu")["stages"][0]
@@ -229,7 +232,7 @@ def test_what_a_kill_left_half_written_is_removed(finished: Path) -> None:
 
 def test_results_name_the_machine_that_trained(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (finished / "results.json").read_text()
-    monkeypatch.setattr(pipeline, "hardware", lambda _: "another machine")
+    monkeypatch.setattr(task, "hardware", lambda _: "another machine")
     run(tiny(), finished, 3, device="cpu")
     assert (finished / "results.json").read_text() == before
 
@@ -246,7 +249,7 @@ def test_the_best_validation_is_what_is_kept(tmp_path: Path, monkeypatch: pytest
     scores = iter([5.0, 9.0, 3.0, 1.0])
     kept: list[int] = []
 
-    def validate(self: pipeline.StageCallback) -> None:
+    def validate(self: StageCallback) -> None:
         score = next(scores)
         best = max((m for _, m in self.history.validation), default=-np.inf)
         self.history.validation.append([self.num_timesteps, score])
@@ -254,10 +257,10 @@ def test_the_best_validation_is_what_is_kept(tmp_path: Path, monkeypatch: pytest
             kept.append(self.num_timesteps)
             self.model.save(self.folder / "best.zip")
 
-    monkeypatch.setattr(pipeline.StageCallback, "_validate", validate)
-    monkeypatch.setattr(pipeline, "_export", lambda _run, _stage, model, _history: kept.append(model.num_timesteps))
+    monkeypatch.setattr(StageCallback, "_validate", validate)
+    monkeypatch.setattr(ann_stage.Ann, "export", lambda self: kept.append(self.model.num_timesteps))
     this = agent_run.Run(tiny(validate_every=256), tmp_path, 0, "cpu")
-    pipeline._train_stage(this, pipeline.Stage(None, None))
+    life.train_stage(this, ann_stage.Ann(this, Stage(None, None)))
     assert kept[-1] == kept[1]
 
 
@@ -327,7 +330,7 @@ def test_dead_are_units_in_the_same_play_for_the_same_seed(
         plays.append(np.stack(list(observations)))
         raise Seen
 
-    monkeypatch.setattr(pipeline, "without_dead_units", see)
+    monkeypatch.setattr(ann_stage, "without_dead_units", see)
     changed = {
         "first": (0, {}),
         "again": (0, {}),
@@ -399,9 +402,9 @@ def test_stages_of_the_same_compute_play_and_learn_more_as_t_falls() -> None:
 
 def test_an_ann_whose_loss_is_not_finite_stops_and_keeps_its_checkpoint(tmp_path: Path) -> None:
     recipe = tiny(ann=dataclasses.replace(tiny().ann, learning_rate=1e-3, final_learning_rate=1e-3))
-    original = pipeline.StageCallback._checkpoint
+    original = StageCallback._checkpoint
 
-    class Poisoned(pipeline.StageCallback):
+    class Poisoned(StageCallback):
         def _checkpoint(self) -> None:
             original(self)
             with torch.no_grad():
@@ -409,7 +412,7 @@ def test_an_ann_whose_loss_is_not_finite_stops_and_keeps_its_checkpoint(tmp_path
                     parameter.fill_(torch.nan)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "StageCallback", Poisoned)
+        patch.setattr(agent_training, "StageCallback", Poisoned)
         with pytest.raises(ValueError, match=r"the loss of ann is nan after \d+ updates; train with a lower"):
             run(recipe, tmp_path, 0, device="cpu")
     kept = DQN.load(tmp_path / "ann" / "checkpoint.zip", device="cpu")
@@ -445,10 +448,10 @@ def test_a_kill_between_the_files_of_a_checkpoint_is_survived(
     class Killed(BaseException):
         pass
 
-    original = pipeline.StageCallback._checkpoint
+    original = StageCallback._checkpoint
     count = 0
 
-    def checkpoint(self: pipeline.StageCallback) -> None:
+    def checkpoint(self: StageCallback) -> None:
         nonlocal count
         count += 1
         if count == 1:
@@ -459,18 +462,18 @@ def test_a_kill_between_the_files_of_a_checkpoint_is_survived(
                 raise Killed
 
             if kill_after == "replay":
-                patch.setattr(agent_run, "write_json", die)
+                patch.setattr(agent_training, "write_json", die)
             elif kill_after == "json":
                 patch.setattr(self.model, "save", die, raising=False)
             original(self)
         raise Killed
 
     recipe = tiny(checkpoint_every=256)
-    monkeypatch.setattr(pipeline.StageCallback, "_checkpoint", checkpoint)
+    monkeypatch.setattr(StageCallback, "_checkpoint", checkpoint)
     with pytest.raises(Killed):
         run(recipe, tmp_path, 0, device="cpu")
     assert count == 2
-    monkeypatch.setattr(pipeline.StageCallback, "_checkpoint", original)
+    monkeypatch.setattr(StageCallback, "_checkpoint", original)
     results = run(recipe, tmp_path, 0, device="cpu")
     assert [stage["stage"] for stage in results["stages"]] == ["ann", "T2", "T1"]
     assert results["stages"][0]["env_steps"] == recipe.ann.env_steps
@@ -480,7 +483,7 @@ def test_a_kill_between_the_files_of_a_checkpoint_is_survived(
 
 def test_ten_kills_at_random_moments(tmp_path: Path) -> None:
     script = f"""
-import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests" / "runs")!r}]
 import dataclasses
 from pathlib import Path
 from agents import RECIPES
@@ -658,9 +661,9 @@ def test_a_truncated_checkpoint_is_named(tmp_path: Path) -> None:
 def test_a_damaged_file_beside_the_checkpoint_is_named(file: str, damage: bytes | None, tmp_path: Path) -> None:
     begun(tiny(), tmp_path)
     this = agent_run.Run(tiny(), tmp_path, 0, "cpu")
-    stage = pipeline.Stage(None, None)
+    stage = Stage(None, None)
     env = this.env(stage, this.recipe.num_envs, 0)
-    agent_run.save_checkpoint(tmp_path / "ann", pipeline.new_ann(this, env), agent_run.History())
+    agent_training.save_checkpoint(tmp_path / "ann", ann_stage.new_ann(this, env), agent_run.History())
     if damage is None:
         (tmp_path / "ann" / file).unlink()
     else:
@@ -775,9 +778,9 @@ def test_a_kill_while_a_stage_distils_costs_a_piece_of_it(tmp_path: Path, monkey
     rates: list[float] = []
     collected: list[int] = []
     drawn: list[np.ndarray] = []
-    distill, collect = pipeline.SpikingDQN.distill, pipeline.SpikingDQN.collect
+    distill, collect = SpikingDQN.distill, SpikingDQN.collect
 
-    def dies_twice(self: pipeline.SpikingDQN, steps: int, schedule: Any, *rest: Any) -> float:
+    def dies_twice(self: SpikingDQN, steps: int, schedule: Any, *rest: Any) -> float:
         drawn.append(np.random.get_state()[1].copy())  # type: ignore[index, union-attr]
         loss = distill(self, steps, schedule, *rest)
         rates.append(self.policy.optimizer.param_groups[0]["lr"])
@@ -785,16 +788,16 @@ def test_a_kill_while_a_stage_distils_costs_a_piece_of_it(tmp_path: Path, monkey
             raise Killed
         return loss
 
-    def counted(self: pipeline.SpikingDQN, actor: Any, steps: int, *args: Any) -> None:
+    def counted(self: SpikingDQN, actor: Any, steps: int, *args: Any) -> None:
         collected.append(steps)
         collect(self, actor, steps, *args)
 
-    monkeypatch.setattr(pipeline.SpikingDQN, "distill", dies_twice)
-    monkeypatch.setattr(pipeline.SpikingDQN, "collect", counted)
+    monkeypatch.setattr(SpikingDQN, "distill", dies_twice)
+    monkeypatch.setattr(SpikingDQN, "collect", counted)
     for pieces in (1, 3):
         with pytest.raises(Killed):
             run(recipe, tmp_path, 0, device="cpu")
-        kept = pipeline.SpikingDQN.load(tmp_path / "T1" / "checkpoint.zip", device="cpu")
+        kept = SpikingDQN.load(tmp_path / "T1" / "checkpoint.zip", device="cpu")
         assert kept.distilled == 3 * pieces  # 50 / 20, rounded up
     results = run(recipe, tmp_path, 0, device="cpu")
     assert collected == [recipe.snn.parent_steps]
@@ -823,10 +826,10 @@ def test_averaged_weights_are_validated_kept_and_resumed(tmp_path: Path, monkeyp
         pass
 
     best: dict[str, torch.Tensor] = {}
-    evaluated, rollout = pipeline.evaluate, pipeline.StageCallback._on_rollout_start
+    evaluated, rollout = agent_run.evaluate, StageCallback._on_rollout_start
     checkpointed: dict[str, torch.Tensor] = {}
 
-    def follow(self: pipeline.StageCallback) -> None:
+    def follow(self: StageCallback) -> None:
         if self.stage.timesteps is None and self.model._n_updates > self.averaged_updates:  # type: ignore[attr-defined]
             for name, weight in self.model.q_net.state_dict().items():  # type: ignore[attr-defined]
                 old = by_hand.get(name, weight)
@@ -839,7 +842,7 @@ def test_averaged_weights_are_validated_kept_and_resumed(tmp_path: Path, monkeyp
 
     def look(agent: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal validated
-        if isinstance(agent, DQN) and not isinstance(agent, pipeline.SpikingDQN):
+        if isinstance(agent, DQN) and not isinstance(agent, SpikingDQN):
             validated += 1
             for name, weight in agent.q_net.state_dict().items():
                 torch.testing.assert_close(weight, by_hand[name])
@@ -847,8 +850,8 @@ def test_averaged_weights_are_validated_kept_and_resumed(tmp_path: Path, monkeyp
             return dataclasses.replace(evaluated(agent, *args, **kwargs), returns=[float(validated)])
         return evaluated(agent, *args, **kwargs)
 
-    monkeypatch.setattr(pipeline.StageCallback, "_on_rollout_start", follow)
-    monkeypatch.setattr(pipeline, "evaluate", look)
+    monkeypatch.setattr(StageCallback, "_on_rollout_start", follow)
+    monkeypatch.setattr(agent_run, "evaluate", look)
     with pytest.raises(Killed):
         run(recipe, tmp_path, 0, device="cpu")
     by_hand.clear()
@@ -869,25 +872,25 @@ def test_a_spiking_stage_averages_its_updates_and_goes_on_after_a_kill(
     by_hand: dict[str, torch.Tensor] = {}
     at_a_checkpoint: dict[str, torch.Tensor] = {}
     validated: list[dict[str, torch.Tensor]] = []
-    distil, rollout = pipeline.SpikingDQN._update, pipeline.StageCallback._on_rollout_start
-    save, evaluated = agent_run.save_checkpoint, pipeline.evaluate
+    distil, rollout = SpikingDQN._update, StageCallback._on_rollout_start
+    save, evaluated = agent_training.save_checkpoint, agent_run.evaluate
     saved = 0
 
     class Killed(BaseException):
         pass
 
-    def take_in(agent: pipeline.SpikingDQN, made: int) -> None:
+    def take_in(agent: SpikingDQN, made: int) -> None:
         keep = math.exp(-made / 3)
         for name, weight in agent.q_net.state_dict().items():
             by_hand[name] = keep * by_hand[name] + (1 - keep) * weight if name in by_hand else weight.clone()
 
-    def update(self: pipeline.SpikingDQN, *args: Any, **kwargs: Any) -> float:
+    def update(self: SpikingDQN, *args: Any, **kwargs: Any) -> float:
         loss = distil(self, *args, **kwargs)
         if args[0] == 0.0 and self.distilled < recipe.snn.distillation_updates:  # `distill`, not own play
             take_in(self, 1)
         return loss
 
-    def begin_rollout(self: pipeline.StageCallback) -> None:
+    def begin_rollout(self: StageCallback) -> None:
         made = self.model._n_updates - self.averaged_updates  # type: ignore[attr-defined]
         if self.stage.timesteps is not None and made:
             assert made == recipe.snn.gradient_steps
@@ -897,23 +900,23 @@ def test_a_spiking_stage_averages_its_updates_and_goes_on_after_a_kill(
     def save_and_die(folder: Path, agent: DQN, *args: Any, **kwargs: Any) -> None:
         nonlocal saved
         save(folder, agent, *args, **kwargs)
-        saved += isinstance(agent, pipeline.SpikingDQN)
+        saved += isinstance(agent, SpikingDQN)
         if saved in (3, 7):  # while it distils, and on its own play
             at_a_checkpoint.update({name: average.clone() for name, average in by_hand.items()})
             saved += 1
             raise Killed
 
     def look(agent: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(agent, pipeline.SpikingDQN):
+        if isinstance(agent, SpikingDQN):
             validated.append({name: weight.clone() for name, weight in agent.q_net.state_dict().items()})
             for name, weight in validated[-1].items():
                 torch.testing.assert_close(weight, by_hand[name])
         return evaluated(agent, *args, **kwargs)
 
-    monkeypatch.setattr(pipeline.SpikingDQN, "_update", update)
-    monkeypatch.setattr(pipeline.StageCallback, "_on_rollout_start", begin_rollout)
-    monkeypatch.setattr(agent_run, "save_checkpoint", save_and_die)
-    monkeypatch.setattr(pipeline, "evaluate", look)
+    monkeypatch.setattr(SpikingDQN, "_update", update)
+    monkeypatch.setattr(StageCallback, "_on_rollout_start", begin_rollout)
+    monkeypatch.setattr(agent_training, "save_checkpoint", save_and_die)
+    monkeypatch.setattr(agent_run, "evaluate", look)
     for _ in range(2):
         with pytest.raises(Killed):
             run(recipe, tmp_path, 0, device="cpu")
@@ -921,7 +924,7 @@ def test_a_spiking_stage_averages_its_updates_and_goes_on_after_a_kill(
         by_hand.update(at_a_checkpoint)
     run(recipe, tmp_path, 0, device="cpu")
     assert len(validated) == 1
-    kept = pipeline.SpikingDQN.load(tmp_path / "T1" / "model.zip", device="cpu").q_net.state_dict()
+    kept = SpikingDQN.load(tmp_path / "T1" / "model.zip", device="cpu").q_net.state_dict()
     for name, weight in validated[0].items():
         assert torch.equal(kept[name], weight)
 
@@ -934,7 +937,7 @@ def test_a_checkpoint_without_its_average_is_named(tmp_path: Path, monkeypatch: 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as killed:
-        killed.setattr(pipeline.SpikingDQN, "learn", dies)
+        killed.setattr(SpikingDQN, "learn", dies)
         with pytest.raises(KeyboardInterrupt):
             run(recipe, tmp_path, 0, device="cpu")
     (tmp_path / "T1" / "checkpoint.average.safetensors").unlink()

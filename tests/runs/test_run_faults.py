@@ -33,13 +33,17 @@ from stable_baselines3.common.vec_env import (
     VecTransposeImage,
 )
 
-import snn_rl.runs._run as agent_run
-import snn_rl.runs.agent as pipeline
 from agents import RECIPES
 from snn_rl import SpikingDQN, load_policy
 from snn_rl.base.progress import bar, digits, show_log
+from snn_rl.runs import life, task, taught
+from snn_rl.runs._run import Run
 from snn_rl.runs.agent import run
+from snn_rl.runs.agent_training import AgentTraining
+from snn_rl.runs.ann import Ann
+from snn_rl.runs.callbacks import CollectionCallback, StageCallback
 from snn_rl.runs.recipe import TEST_SEEDS, AnnConfig, NetworkConfig, Recipe, SnnConfig
+from snn_rl.runs.stages import Stage
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -142,7 +146,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr(agent_run, "monotonic", made)
+    for module in (life, task):
+        monkeypatch.setattr(module, "monotonic", made)
     return made
 
 
@@ -459,28 +464,26 @@ def test_an_episode_that_never_ends_is_named_and_a_larger_limit_goes_on(tmp_path
 def test_a_minute_of_training_is_lost_at_most(tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the recipe's own checkpoint_every, where a step of all four environments takes half a second."""
     assert recipe().checkpoint_every is None
-    on_step = pipeline.StageCallback._on_step
+    on_step = StageCallback._on_step
 
-    def step(self: pipeline.StageCallback) -> bool:
+    def step(self: StageCallback) -> bool:
         clock.now += 0.5
         if self.num_timesteps == 1_000:
             raise Killed
         return on_step(self)
 
-    monkeypatch.setattr(pipeline.StageCallback, "_on_step", step)
+    monkeypatch.setattr(StageCallback, "_on_step", step)
     long = recipe(ann=dataclasses.replace(recipe().ann, env_steps=2_000))
     with pytest.raises(Killed):
         run(long, tmp_path, device="cpu")
     # 120 steps of four environments a minute: at 480 and 960
     assert DQN.load(tmp_path / "ann" / "checkpoint.zip", device="cpu").num_timesteps == 960
-    resumed = agent_run.resume(agent_run.Run(long, tmp_path, 0, "cpu"), pipeline.Stage(None, None))
-    assert resumed is not None
-    assert resumed[1].wall_seconds == 120
+    resumed = Ann(Run(long, tmp_path, 0, "cpu"), Stage(None, None))
+    assert resumed.resume() == "960 steps"
+    assert resumed.history.wall_seconds == 120
 
 
-def test_writing_takes_a_twentieth_of_the_time_at_most(
-    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_writing_takes_a_twentieth_of_the_time_at_most(clock: Clock) -> None:
     written: list[float] = []
     cost = 4.0
 
@@ -488,13 +491,11 @@ def test_writing_takes_a_twentieth_of_the_time_at_most(
         written.append(clock.now)
         clock.now += cost
 
-    monkeypatch.setattr(agent_run, "save_checkpoint", save)
-    checkpoints = agent_run.Checkpoints(tmp_path, agent_run.History(), None)
-    model: Any = None
+    checkpoints = task.Checkpoints(task.History(), save)
     while clock.now < 1_000:
         clock.now += 1
         if checkpoints.are_due():
-            checkpoints.write(model)
+            checkpoints.write()
             cost = 1.0 if len(written) == 3 else cost
     # a minute; then 4 s / 5 % = 80 s after the end of the last one; from the fourth on 1 s is written, after 60
     assert written[:6] == [60, 144, 228, 312, 373, 434]
@@ -515,12 +516,12 @@ def test_a_kill_while_a_stage_collects_costs_a_minute_of_it(
     subprocess.run(["cp", "-r", str(whole), str(folder)], check=True)
     for name in ("T2", "T1") if stage == "T2" else ("T1",):
         (folder / name / "metrics.json").unlink()
-    on_step, collect, keep_rates = pipeline.CollectionCallback._on_step, SpikingDQN.collect, SpikingDQN.keep_rates
+    on_step, collect, keep_rates = CollectionCallback._on_step, SpikingDQN.collect, SpikingDQN.keep_rates
     left: list[int] = []
     held: list[int] = []
     thresholds: list[bool] = []
 
-    def step(self: pipeline.CollectionCallback) -> bool:
+    def step(self: CollectionCallback) -> bool:
         clock.now += 7  # 4 steps; a minute is over after 36
         if self.n_calls == 25:
             raise Killed
@@ -539,7 +540,7 @@ def test_a_kill_while_a_stage_collects_costs_a_minute_of_it(
     monkeypatch.setattr(SpikingDQN, "collect", collected)
     monkeypatch.setattr(SpikingDQN, "keep_rates", lowered)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.CollectionCallback, "_on_step", step)
+        patch.setattr(CollectionCallback, "_on_step", step)
         with pytest.raises(Killed):
             run(recipe(), folder, device="cpu")
     kept = json.loads((folder / stage / "checkpoint.json").read_text())
@@ -559,7 +560,7 @@ def test_a_kill_within_a_piece_of_distillation_costs_a_minute_of_it(
     folder = tmp_path / "run"
     subprocess.run(["cp", "-r", str(whole), str(folder)], check=True)
     (folder / "T1" / "metrics.json").unlink()
-    monkeypatch.setattr(pipeline, "DISTILLATION_PIECES", 1)
+    monkeypatch.setattr(taught, "DISTILLATION_PIECES", 1)
     update, rates = SpikingDQN._update, []
 
     def slow(self: SpikingDQN, td_weight: float, *args: Any, **kwargs: Any) -> float:
@@ -586,9 +587,9 @@ def test_a_kill_within_a_piece_of_distillation_costs_a_minute_of_it(
 def test_a_stage_that_has_ended_is_kept_before_its_evaluation(
     tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    validate, validations = pipeline.StageCallback._validate, []
+    validate, validations = StageCallback._validate, []
 
-    def slow(self: pipeline.StageCallback) -> None:
+    def slow(self: StageCallback) -> None:
         validate(self)
         validations.append(self.num_timesteps)
         clock.now += 90
@@ -596,9 +597,9 @@ def test_a_stage_that_has_ended_is_kept_before_its_evaluation(
     def dies(*_: Any) -> None:
         raise Killed
 
-    monkeypatch.setattr(pipeline.StageCallback, "_validate", slow)
+    monkeypatch.setattr(StageCallback, "_validate", slow)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_export", dies)
+        patch.setattr(AgentTraining, "export", dies)
         with pytest.raises(Killed):
             run(recipe(), tmp_path, device="cpu")
     results = run(recipe(), tmp_path, device="cpu")
@@ -727,7 +728,7 @@ def test_a_finished_run_no_longer_needs_the_file_of_its_ann(tmp_path: Path, whol
 
 
 PROGRAM = f"""
-import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests" / "runs")!r}]
 import logging
 from test_run_faults import recipe, run
 from snn_rl.runs.agent import run

@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 
 from snn_rl import vision
 from snn_rl.runs.stages import Stage
-from snn_rl.vision import VISION_RECIPES, VisionRecipe, load_classifier, training
+from snn_rl.vision import VISION_RECIPES, VisionRecipe, classifier_training, load_classifier
 from snn_rl.vision._run import Run
+from snn_rl.vision._updates import softened_divergence
 from snn_rl.vision.paper import reproduce
 from snn_rl.vision.recipe import AnnTraining, SnnTraining
 
@@ -118,7 +119,7 @@ def test_reported_accuracy_is_that_of_the_shared_file(undisturbed: Path, images:
 def test_a_run_killed_within_a_stage_ends_like_an_undisturbed_one(
     killed_after: int, recipe: VisionRecipe, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluate = training._evaluate
+    evaluate = classifier_training.evaluate
     calls = 0
 
     def dies(*args: Any) -> Any:
@@ -128,10 +129,10 @@ def test_a_run_killed_within_a_stage_ends_like_an_undisturbed_one(
             raise KeyboardInterrupt
         return evaluate(*args)
 
-    monkeypatch.setattr(training, "_evaluate", dies)
+    monkeypatch.setattr(classifier_training, "evaluate", dies)
     with pytest.raises(KeyboardInterrupt):
         vision.run(recipe, tmp_path, device="cpu")
-    monkeypatch.setattr(training, "_evaluate", evaluate)
+    monkeypatch.setattr(classifier_training, "evaluate", evaluate)
     vision.run(recipe, tmp_path, device="cpu")
     assert_same_run(tmp_path, undisturbed, ("ann", "T2", "T1"))
 
@@ -209,13 +210,13 @@ def test_thresholds_are_calibrated_on_all_classes(
 ) -> None:
     """The images of a folder lie class by class: its first few are of one class alone."""
     seen: list[torch.Tensor] = []
-    to_spiking = training.to_spiking
+    to_spiking = classifier_training.to_spiking
 
     def look(ann: torch.nn.Module, calibration: Any, *args: Any, **kwargs: Any) -> Any:
         seen.extend(calibration)
         return to_spiking(ann, seen, *args, **kwargs)
 
-    monkeypatch.setattr(training, "to_spiking", look)
+    monkeypatch.setattr(classifier_training, "to_spiking", look)
     few = dataclasses.replace(recipe, calibration_images=6)
     vision.run(few, tmp_path, device="cpu", ann=undisturbed / "ann" / "model.safetensors")
     images = torch.cat(seen)
@@ -256,8 +257,8 @@ def test_the_divergence_from_a_teacher_by_hand() -> None:
     p = [1 / (1 + np.exp(2)), 1 / (1 + np.exp(-2))]  # of the teacher, at half its logits
     q = [1 / (1 + np.exp(-1)), 1 / (1 + np.exp(1))]
     by_hand = 4 * sum(a * np.log(a / b) for a, b in zip(p, q, strict=True))
-    assert training.softened_divergence(logits, wanted).item() == pytest.approx(by_hand, rel=1e-5)
-    assert training.softened_divergence(wanted, wanted).item() == pytest.approx(0.0, abs=1e-6)
+    assert softened_divergence(logits, wanted).item() == pytest.approx(by_hand, rel=1e-5)
+    assert softened_divergence(wanted, wanted).item() == pytest.approx(0.0, abs=1e-6)
 
 
 def test_a_network_learns_from_its_ann_alone(recipe: VisionRecipe, undisturbed: Path, tmp_path: Path) -> None:
