@@ -46,6 +46,21 @@ def test_importing_loads_nothing_large_beside_sb3(part: str) -> None:
     assert not new & LARGE
 
 
+def test_names_are_imported_when_they_are_used() -> None:
+    """Until then not even torch: for a help, it would take most of the time."""
+    printed = run(
+        """
+        import sys
+        import snn_rl, snn_rl.cli
+        print([name for name in ("torch", "numpy", "gymnasium") if name in sys.modules])
+        from snn_rl import load_policy, cli
+        from snn_rl.rl.policy_file import load_policy as same
+        print(load_policy is same, "SpikingDQN" in dir(snn_rl), hasattr(snn_rl, "nothing"), "torch" in sys.modules)
+        """
+    )
+    assert printed.splitlines() == ["[]", "True True False True"]
+
+
 def test_the_package_alone_loads_none_of_its_parts() -> None:
     """So that `snn-rl --help` is there at once."""
     printed = run(
