@@ -190,7 +190,7 @@ class RecurrentLearner(OffPolicyAlgorithm):
         return actions, actions
 
     def _as_seen_by(self, agent: Player, obs: np.ndarray) -> np.ndarray:
-        """The last observations ``obs`` of a ``VecNormalize``, as they were before it for who normalises them itself."""
+        """``obs``, the last of a ``VecNormalize``, as they were before it for an agent that normalises them itself."""
         if self._vec_normalize_env is None or not normalizes(agent):
             return obs
         original = self._vec_normalize_env.get_original_obs()

@@ -146,7 +146,7 @@ def test_an_agent_without_an_environment_needs_statistics_that_were_collected(tr
 def test_a_policy_file_holds_the_statistics_and_takes_observations_as_they_are(trained: DQN, tmp_path: Path) -> None:
     save_policy(trained, tmp_path / "policy.safetensors", {})
     policy = load_policy(tmp_path / "policy.safetensors")
-    with pytest.raises(ValueError, match="normalizes its observations itself.*; leave VecNormalize out"):
+    with pytest.raises(ValueError, match=r"normalizes its observations itself.*; leave VecNormalize out"):
         evaluate(policy, synced(trained), 3)
     plain = make_vec_env("CartPole-v1", 3, seed=5)
     assert evaluate(policy, plain, 6) == evaluate(trained, synced(trained), 6)

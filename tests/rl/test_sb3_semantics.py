@@ -592,7 +592,7 @@ def test_a_teacher_is_checked_when_it_is_assigned(tmp_path: Path) -> None:
 def test_a_missing_teacher_is_told_before_the_first_step() -> None:
     env = Played(box(4))
     agent = SpikingDQN("MlpPolicy", env, td_weight=0.0, **SMALL)
-    with pytest.raises(ValueError, match="distillation needs a teacher: assign an agent to `.teacher`"):
+    with pytest.raises(ValueError, match=r"distillation needs a teacher: assign an agent to `.teacher`"):
         agent.learn(1_000)
     assert env.shown == []
     agent.collect(Scripted([[0]]), 20)  # the replay may be filled before
