@@ -123,8 +123,8 @@ class Student(RecurrentLearner):
         normalize = unwrap_vec_normalize(env)
         if normalize is not None and normalize.norm_obs:
             raise ValueError(
-                "a Student takes observations as the environment gives them, and its policy holds its teacher's statistics"
-                "; take VecNormalize off"
+                "a Student takes observations as the environment gives them, and its policy holds the statistics of "
+                "its teacher; take VecNormalize off"
             )
         return env
 
