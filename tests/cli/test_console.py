@@ -170,7 +170,7 @@ def test_an_environment_that_no_id_builds_is_named(console: Console, run: Path) 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["fly"], "unknown command 'fly'; there are train, evaluate, "),
+        (["fly"], f"unknown command 'fly'; there are {', '.join(COMMANDS)}"),
         (
             ["train"],
             "say which recipe: MODULE:RECIPE, or a name in RECIPES of the package agents in the current folder",
