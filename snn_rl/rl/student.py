@@ -10,7 +10,7 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import is_image_space
-from stable_baselines3.common.torch_layers import NatureCNN
+from stable_baselines3.common.torch_layers import CombinedExtractor, NatureCNN
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from torch import Tensor
 
@@ -183,6 +183,8 @@ class Student(RecurrentLearner):
         }
         if is_image_space(env.observation_space):
             options.setdefault("features_extractor_class", NatureCNN)
+        elif isinstance(env.observation_space, spaces.Dict):
+            options.setdefault("features_extractor_class", CombinedExtractor)
         model = cls(AgentPolicy, env, policy_kwargs=options, **{"sequence_length": 1, "burn_in": 0, **kwargs})
         model.teacher = taught_by
         return model
@@ -240,10 +242,7 @@ class Student(RecurrentLearner):
             **(policy_kwargs or {}),
         }
         model = cls(AgentPolicy, env, policy_kwargs=options, **kwargs)
-        batches = (
-            model.net.preprocess(torch.as_tensor(obs, device=model.device))
-            for obs in model._play(taught_by, calibration_steps)
-        )
+        batches = (model.net.preprocess(model.net.as_tensor(obs)) for obs in model._play(taught_by, calibration_steps))
         if source is not taught_by:
             spread_into(model.net, batches)
         else:
