@@ -13,7 +13,7 @@ from torch import nn
 
 from snn_rl.rl.actor import Actor
 from snn_rl.rl.heads import Logits, QValues
-from snn_rl.rl.teacher import Teacher
+from snn_rl.rl.teacher import Observations, Teacher
 
 TEMPERATURE = 0.5  # in median gaps between the best action and the second best
 LIMIT = 30.0  # of a label: beyond it a softmax in single precision says the same
@@ -52,7 +52,7 @@ class Preferences(Teacher):
         self.actor = None if teacher.actor is None else self._actor(teacher.actor)
 
     def label(
-        self, observation: np.ndarray, state: Any = None, episode_start: np.ndarray | None = None
+        self, observation: Observations, state: Any = None, episode_start: np.ndarray | None = None
     ) -> tuple[np.ndarray, Any]:
         q_values, state = self.teacher.label(observation, state, episode_start)
         advantages = q_values - q_values.mean(axis=1, keepdims=True)
@@ -81,7 +81,7 @@ def as_preferences(teacher: Teacher, env: VecEnv, steps: int = 2_000) -> Teacher
     obs, state, starts = env.reset(), None, np.ones(env.num_envs, dtype=bool)
     labels = []
     for _ in range(-(-steps // env.num_envs)):
-        assert isinstance(obs, np.ndarray)
+        assert isinstance(obs, np.ndarray | dict)
         q_values, state = teacher.label(obs, state, starts)
         labels.append(q_values)
         obs, _, starts, _ = env.step(teacher.head.actions(q_values))

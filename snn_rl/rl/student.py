@@ -9,7 +9,7 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import is_image_space
-from stable_baselines3.common.torch_layers import NatureCNN
+from stable_baselines3.common.torch_layers import CombinedExtractor, NatureCNN
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from torch import Tensor
@@ -188,6 +188,8 @@ class Student(RecurrentLearner):
         }
         if is_image_space(env.observation_space):
             options.setdefault("features_extractor_class", NatureCNN)
+        elif isinstance(env.observation_space, spaces.Dict):
+            options.setdefault("features_extractor_class", CombinedExtractor)
         if timesteps is None:
             kwargs = {"sequence_length": 1, "burn_in": 0, **kwargs}
         model = cls(AgentPolicy, env, policy_kwargs=options, **kwargs)
@@ -199,7 +201,7 @@ class Student(RecurrentLearner):
     def _calibration(self, teacher: Teacher, steps: int) -> Iterator[Tensor]:
         """Preprocessed observations of a teacher's play."""
         for obs in self._play(teacher, steps):
-            yield self.net.preprocess(torch.as_tensor(obs, device=self.device))
+            yield self.net.preprocess(self.net.as_tensor(obs))
 
     @classmethod
     def from_ann(

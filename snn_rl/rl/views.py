@@ -11,7 +11,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
 from snn_rl.rl.spaces import in_one_line
-from snn_rl.rl.teacher import Teacher, teacher_of
+from snn_rl.rl.teacher import Observations, Teacher, teacher_of
 
 
 class PartialObservation(VecEnvWrapper):
@@ -76,9 +76,10 @@ class WholeObservationTeacher(Teacher):
         return True  # it takes what `env` gave out
 
     def label(
-        self, observation: np.ndarray, state: Any = None, episode_start: np.ndarray | None = None
+        self, observation: Observations, state: Any = None, episode_start: np.ndarray | None = None
     ) -> tuple[np.ndarray, Any]:
         whole = self.env.whole
-        if whole is None or not np.array_equal(whole[:, self.env.entries], observation):
+        is_array = isinstance(observation, np.ndarray)
+        if whole is None or not (is_array and np.array_equal(whole[:, self.env.entries], observation)):  # type: ignore[arg-type]
             raise ValueError("the observations are not those that the teacher's environment gave out last")
         return self.teacher.label(whole, state, episode_start)
