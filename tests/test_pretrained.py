@@ -43,7 +43,7 @@ def test_pong_on_one_frame_is_lost_where_the_membranes_are_cleared(stage: str) -
     frames, _ = SHORT["pong-single-frame"]
     returns = []
     for persistent in (True, False):
-        policy.policy.q_net.persistent = persistent  # type: ignore[assignment]
+        policy.policy.net.persistent = persistent
         env = environment_of(policy, 2, TEST_SEEDS, max_episode_frames=frames)
         returns.append(evaluate(policy, env, 2).mean)
     assert returns[0] > 0 > -10 > returns[1]

@@ -180,12 +180,6 @@ class Recipe:
             raise ValueError(
                 f"ann_env_kwargs.frame_stack must be a multiple of env_kwargs.frame_stack ({seen}), got {stacked}"
             )
-        frames = stacked // seen
-        if frames > 1 and self.snn.burn_in < frames - 1:
-            raise ValueError(
-                f"snn.burn_in must be >= {frames - 1}, got {self.snn.burn_in}: the ANN that teaches sees {frames} "
-                "frames"
-            )
         least = self._least_replay()
         for name, number in (
             ("ann.buffer_size", self.ann.buffer_size),

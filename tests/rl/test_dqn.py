@@ -695,6 +695,7 @@ def test_a_parent_hands_all_but_its_timesteps_on(ann: DQN) -> None:
     child.teacher = ann
     child.collect(parent, 200)
     child.keep_rates(parent)
+    torch.testing.assert_close(child.q_net_target.state_dict(), child.q_net.state_dict(), rtol=0, atol=0)
     assert child.q_net.network.lif_layers["mlp_1"].threshold < 0.6  # fewer micro-steps to fire as often in
     child.distil(2)
     assert not torch.equal(parameters(child), parameters(parent))

@@ -26,7 +26,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import snn_rl.runs._run as agent_run
 from agents import RECIPES
-from snn_rl import SpikingDQN, load_policy
+from snn_rl import Student, load_policy
 from snn_rl.base.files import alone_in
 from snn_rl.cli.status import exit_status
 from snn_rl.runs import agent_training, life, task
@@ -94,7 +94,7 @@ def test_tensorboard_has_curves_of_every_stage(finished: Path) -> None:
         events.Reload()
         tags = {"train/loss", "validation/mean_reward"}
         if stage != "ann":
-            tags |= {f"{name}/q_1" for name in ("spike_rate", "threshold", "leak")}
+            tags |= {f"{name}/mlp_1" for name in ("spike_rate", "threshold", "leak")}
         assert tags <= set(events.Tags()["scalars"])
         # not only where an episode happened to end
         assert len(events.Scalars("train/loss")) >= 5
@@ -110,22 +110,20 @@ def test_a_finished_run_is_not_run_again(finished: Path) -> None:
 def test_the_parents_weights_are_the_childs_start(
     finished: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from snn_rl import SpikingDQN
-
     started: list[Any] = []
-    original = SpikingDQN.collect
+    original = Student.collect
 
-    def collect(self: SpikingDQN, actor: DQN, *args: Any) -> None:
-        started.append((self, actor, {k: v.clone() for k, v in self.q_net.state_dict().items()}))
+    def collect(self: Student, actor: DQN, *args: Any) -> None:
+        started.append((self, actor, {k: v.clone() for k, v in self.net.state_dict().items()}))
         original(self, actor, *args)
 
-    monkeypatch.setattr(SpikingDQN, "collect", collect)
+    monkeypatch.setattr(Student, "collect", collect)
     run(tiny(), tmp_path, 3, device="cpu")
     (_, _, _), (child, parent, start) = started
-    assert isinstance(parent, SpikingDQN)
-    assert parent.q_net.network.timesteps == 2
-    assert child.q_net.network.timesteps == 1
-    for name, tensor in parent.q_net.state_dict().items():
+    assert isinstance(parent, Student)
+    assert parent.timesteps == 2
+    assert child.timesteps == 1
+    for name, tensor in parent.net.state_dict().items():
         assert (start[name] == tensor).all()
 
 
@@ -356,20 +354,18 @@ def test_dead_are_units_in_the_same_play_for_the_same_seed(
 
 
 def test_a_parent_explores_at_a_rate_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from snn_rl import SpikingDQN
+    collect, rates = Student.collect, []
 
-    collect, rates = SpikingDQN.collect, []
-
-    def seen(self: SpikingDQN, actor: Any, *args: Any) -> None:
+    def seen(self: Student, actor: Any, *args: Any) -> None:
         rates.append(actor.exploration_rate)
         collect(self, actor, *args)
 
-    monkeypatch.setattr(SpikingDQN, "collect", seen)
+    monkeypatch.setattr(Student, "collect", seen)
     snn = dataclasses.replace(tiny().snn, parent_eps=0.3, exploration_eps=0.1)
     run(tiny(snn=snn), tmp_path, 0, device="cpu")
     assert rates == [0.3, 0.3]
     for stage in ("T2", "T1"):
-        assert SpikingDQN.load(tmp_path / stage / "model.zip", device="cpu").exploration_rate == 0.1
+        assert Student.load(tmp_path / stage / "model.zip", device="cpu").exploration_rate == 0.1
 
 
 def test_an_ann_on_a_stack_teaches_an_agent_on_one_frame(tmp_path: Path) -> None:
@@ -421,19 +417,16 @@ def test_an_ann_whose_loss_is_not_finite_stops_and_keeps_its_checkpoint(tmp_path
 
 
 def test_a_stage_starts_with_its_parents_spike_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from snn_rl import SpikingDQN
-
     thresholds: list[tuple[float, float]] = []
-    original = SpikingDQN.keep_rates
+    original = Student.keep_rates
 
-    def keep_rates(self: SpikingDQN, parent: SpikingDQN, windows: int = 64) -> None:
+    def keep_rates(self: Student, parent: Student, windows: int = 64) -> None:
         original(self, parent, windows)
-        torch.testing.assert_close(self.q_net_target.state_dict(), self.q_net.state_dict())
         thresholds.append(
-            tuple(next(iter(m.q_net.network.lif_layers.values())).threshold.item() for m in (parent, self))  # type: ignore[arg-type]
+            tuple(next(iter(m.net.network.lif_layers.values())).threshold.item() for m in (parent, self))  # type: ignore[arg-type]
         )
 
-    monkeypatch.setattr(SpikingDQN, "keep_rates", keep_rates)
+    monkeypatch.setattr(Student, "keep_rates", keep_rates)
     run(tiny(), tmp_path / "a", 3, device="cpu")
     ((before, after),) = thresholds
     assert after < before
@@ -613,7 +606,7 @@ def test_bad_device_ann_and_seed_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"seed must lie in \[0, 100000\), got -1"):
         run(tiny(), tmp_path, -1, device="cpu")
     (tmp_path / "foreign.zip").write_bytes(b"not a zip")
-    with pytest.raises(ValueError, match=r"foreign.zip is not a readable SB3 DQN"):
+    with pytest.raises(ValueError, match=r"foreign.zip: it is not a zip, or it is damaged"):
         run(tiny(), tmp_path, device="cpu", ann=tmp_path / "foreign.zip")
 
 
@@ -727,7 +720,6 @@ sys.exit(main(["--smoke", "--schedule", "1", "--run-dir", {str(tmp_path / "run")
         ),
         ({"total_snn_steps": 1}, "total_snn_steps must be >= 2, one for each stage, got 1"),
         ({"ann_env_kwargs": {"frame_stack": -1}}, "ann_env_kwargs.frame_stack must be >= 1, got -1"),
-        ({"ann_env_kwargs": {"frame_stack": 4}}, "snn.burn_in must be >= 3, got 0: the ANN that teaches sees 4 frames"),
     ],
 )
 def test_bad_recipes_are_named(changes: dict[str, Any], message: str) -> None:
@@ -752,9 +744,11 @@ def test_bad_recipes_are_named(changes: dict[str, Any], message: str) -> None:
             r"snn.play_learning_rate must be <= snn.learning_rate \(0.001\), which falls to it, got 0.002",
         ),
         ({"batch_size": 0}, "snn.batch_size must be >= 1, got 0"),
-        ({"td_weight": 0.0, "distillation_weight": 0.0}, "must not both be 0: nothing would be learnt"),
-        ({"distillation_temperature": 0.0}, "snn.distillation_temperature must be > 0, got 0.0"),
-        ({"buffer_size": 50}, "snn.buffer_size must be >= 184, a window of each environment, got 50"),
+        (
+            {"rewards": True, "td_weight": 0.0, "distillation_weight": 0.0},
+            "must not both be 0: nothing would be learnt",
+        ),
+        ({"buffer_size": 50}, "snn.buffer_size must be >= 160, a window of each environment, got 50"),
     ],
 )
 def test_bad_snn_fields_are_named_before_the_ann_is_trained(changes: dict[str, Any], message: str) -> None:
@@ -778,26 +772,26 @@ def test_a_kill_while_a_stage_distils_costs_a_piece_of_it(tmp_path: Path, monkey
     rates: list[float] = []
     collected: list[int] = []
     drawn: list[np.ndarray] = []
-    distill, collect = SpikingDQN.distill, SpikingDQN.collect
+    distil, collect = Student.distil, Student.collect
 
-    def dies_twice(self: SpikingDQN, steps: int, schedule: Any, *rest: Any) -> float:
+    def dies_twice(self: Student, steps: int, schedule: Any, *rest: Any) -> float:
         drawn.append(np.random.get_state()[1].copy())  # type: ignore[index, union-attr]
-        loss = distill(self, steps, schedule, *rest)
+        loss = distil(self, steps, schedule, *rest)
         rates.append(self.policy.optimizer.param_groups[0]["lr"])
         if len(rates) in (2, 5):
             raise Killed
         return loss
 
-    def counted(self: SpikingDQN, actor: Any, steps: int, *args: Any) -> None:
+    def counted(self: Student, actor: Any, steps: int, *args: Any) -> None:
         collected.append(steps)
         collect(self, actor, steps, *args)
 
-    monkeypatch.setattr(SpikingDQN, "distill", dies_twice)
-    monkeypatch.setattr(SpikingDQN, "collect", counted)
+    monkeypatch.setattr(Student, "distil", dies_twice)
+    monkeypatch.setattr(Student, "collect", counted)
     for pieces in (1, 3):
         with pytest.raises(Killed):
             run(recipe, tmp_path, 0, device="cpu")
-        kept = SpikingDQN.load(tmp_path / "T1" / "checkpoint.zip", device="cpu")
+        kept = Student.load(tmp_path / "T1" / "checkpoint.zip", device="cpu")
         assert kept.distilled == 3 * pieces  # 50 / 20, rounded up
     results = run(recipe, tmp_path, 0, device="cpu")
     assert collected == [recipe.snn.parent_steps]
@@ -842,7 +836,7 @@ def test_averaged_weights_are_validated_kept_and_resumed(tmp_path: Path, monkeyp
 
     def look(agent: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal validated
-        if isinstance(agent, DQN) and not isinstance(agent, SpikingDQN):
+        if isinstance(agent, DQN):
             validated += 1
             for name, weight in agent.q_net.state_dict().items():
                 torch.testing.assert_close(weight, by_hand[name])
@@ -872,21 +866,21 @@ def test_a_spiking_stage_averages_its_updates_and_goes_on_after_a_kill(
     by_hand: dict[str, torch.Tensor] = {}
     at_a_checkpoint: dict[str, torch.Tensor] = {}
     validated: list[dict[str, torch.Tensor]] = []
-    distil, rollout = SpikingDQN._update, StageCallback._on_rollout_start
+    distil, rollout = Student._update, StageCallback._on_rollout_start
     save, evaluated = agent_training.save_checkpoint, agent_run.evaluate
     saved = 0
 
     class Killed(BaseException):
         pass
 
-    def take_in(agent: SpikingDQN, made: int) -> None:
+    def take_in(agent: Student, made: int) -> None:
         keep = math.exp(-made / 3)
-        for name, weight in agent.q_net.state_dict().items():
+        for name, weight in agent.net.state_dict().items():
             by_hand[name] = keep * by_hand[name] + (1 - keep) * weight if name in by_hand else weight.clone()
 
-    def update(self: SpikingDQN, *args: Any, **kwargs: Any) -> float:
+    def update(self: Student, *args: Any, **kwargs: Any) -> float:
         loss = distil(self, *args, **kwargs)
-        if args[0] == 0.0 and self.distilled < recipe.snn.distillation_updates:  # `distill`, not own play
+        if args[1] == ("distil",):  # and not of own play
             take_in(self, 1)
         return loss
 
@@ -900,20 +894,20 @@ def test_a_spiking_stage_averages_its_updates_and_goes_on_after_a_kill(
     def save_and_die(folder: Path, agent: DQN, *args: Any, **kwargs: Any) -> None:
         nonlocal saved
         save(folder, agent, *args, **kwargs)
-        saved += isinstance(agent, SpikingDQN)
+        saved += isinstance(agent, Student)
         if saved in (3, 7):  # while it distils, and on its own play
             at_a_checkpoint.update({name: average.clone() for name, average in by_hand.items()})
             saved += 1
             raise Killed
 
     def look(agent: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(agent, SpikingDQN):
-            validated.append({name: weight.clone() for name, weight in agent.q_net.state_dict().items()})
+        if isinstance(agent, Student):
+            validated.append({name: weight.clone() for name, weight in agent.net.state_dict().items()})
             for name, weight in validated[-1].items():
                 torch.testing.assert_close(weight, by_hand[name])
         return evaluated(agent, *args, **kwargs)
 
-    monkeypatch.setattr(SpikingDQN, "_update", update)
+    monkeypatch.setattr(Student, "_update", update)
     monkeypatch.setattr(StageCallback, "_on_rollout_start", begin_rollout)
     monkeypatch.setattr(agent_training, "save_checkpoint", save_and_die)
     monkeypatch.setattr(agent_run, "evaluate", look)
@@ -924,7 +918,7 @@ def test_a_spiking_stage_averages_its_updates_and_goes_on_after_a_kill(
         by_hand.update(at_a_checkpoint)
     run(recipe, tmp_path, 0, device="cpu")
     assert len(validated) == 1
-    kept = SpikingDQN.load(tmp_path / "T1" / "model.zip", device="cpu").q_net.state_dict()
+    kept = Student.load(tmp_path / "T1" / "model.zip", device="cpu").net.state_dict()
     for name, weight in validated[0].items():
         assert torch.equal(kept[name], weight)
 
@@ -937,7 +931,7 @@ def test_a_checkpoint_without_its_average_is_named(tmp_path: Path, monkeypatch: 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as killed:
-        killed.setattr(SpikingDQN, "learn", dies)
+        killed.setattr(Student, "learn", dies)
         with pytest.raises(KeyboardInterrupt):
             run(recipe, tmp_path, 0, device="cpu")
     (tmp_path / "T1" / "checkpoint.average.safetensors").unlink()
@@ -965,7 +959,10 @@ def test_environments_that_no_stage_can_learn_in_are_named_at_once(tmp_path: Pat
     other_for_the_ann = tiny(make_env=named, env_kwargs={"name": "CartPole-v1"}, ann_env_kwargs={"name": "Acrobot-v1"})
     for recipe, message in (
         (of("Pendulum-v1"), r"cartpole: DQN needs a Discrete action space, got Box.*; discretise the actions"),
-        (of("CartPole-v1", from_one), r"cartpole: DQN needs Discrete actions from 0 on, got Discrete\(2, start=1\)"),
+        (
+            of("CartPole-v1", from_one),
+            r"cartpole: an agent needs Discrete actions from 0 on, got Discrete\(2, start=1\)",
+        ),
         (of("CartPole-v1", in_a_dict), r"cartpole: observations must not be a Dict, got Dict.*; flatten them"),
         (of("CartPole-v1", num_envs=3), r"make_env of cartpole must return a VecEnv of 1 environments, got"),
         (tiny(make_env=lambda n, seed: gym.make("CartPole-v1"), env_kwargs={}), r"must return a VecEnv of 1 environ"),

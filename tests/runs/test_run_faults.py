@@ -34,7 +34,7 @@ from stable_baselines3.common.vec_env import (
 )
 
 from agents import RECIPES
-from snn_rl import SpikingDQN, load_policy
+from snn_rl import Student, load_policy
 from snn_rl.base.progress import bar, digits, show_log
 from snn_rl.runs import life, task, taught
 from snn_rl.runs._run import Run
@@ -182,7 +182,10 @@ def test_running_statistics_are_refused(make_env: Callable[..., VecEnv], tmp_pat
     [
         (lambda: Episode(observation_space=spaces.Dict(a=spaces.Box(-1, 1, (3,)))), "FlattenObservation"),
         (lambda: Episode(observation_space=spaces.Discrete(4, start=1)), "subtract the start"),
-        (lambda: Episode(observation_space=spaces.MultiBinary(4)), "a policy file knows Box and Discrete spaces"),
+        (
+            lambda: Episode(observation_space=spaces.Sequence(spaces.Discrete(2))),
+            "Box, Discrete, MultiDiscrete or Mult",
+        ),
         (lambda: Episode(observation_space=spaces.Box(-1, 1, (), np.float32)), r"shape \(1,\)"),
         (lambda: Episode(observation_space=spaces.Box(0, 1, (2**13, 2**12), np.float32)), "16,777,216 entries"),
         (lambda: Episode(action_space=spaces.Discrete(2, start=1)), "TransformAction, to add 1"),
@@ -190,7 +193,7 @@ def test_running_statistics_are_refused(make_env: Callable[..., VecEnv], tmp_pat
         (lambda: Episode(action_space=spaces.MultiDiscrete([2, 2])), "discretise the actions"),
         (lambda: Episode(action_space=spaces.Box(-1, 1, (1,))), "discretise the actions"),
     ],
-    ids=["dict", "counts from 1", "binary", "no shape", "huge", "start", "actions", "multidiscrete", "box"],
+    ids=["dict", "counts from 1", "sequence", "no shape", "huge", "start", "actions", "multidiscrete", "box"],
 )
 def test_spaces_that_some_stage_would_refuse_are_refused_at_once(
     env: Callable[[], Episode], message: str, tmp_path: Path
@@ -226,6 +229,8 @@ def test_convolutions_that_do_not_fit_are_refused_at_once(tmp_path: Path) -> Non
         spaces.Box(0, 200, (3,), np.uint16),
         spaces.Box(0, 1, (3,), np.bool_),
         spaces.Discrete(4),
+        spaces.MultiDiscrete([2, 2]),
+        spaces.MultiBinary(4),
     ],
     ids=str,
 )
@@ -239,7 +244,7 @@ def test_other_spaces_go_through_every_stage(space: spaces.Space, tmp_path: Path
     results = run(recipe(of(Other), schedule=(1,)), tmp_path, device="cpu")
     policy = load_policy(tmp_path / "T1" / "policy.safetensors")
     assert policy.observation_space == space
-    inputs = 4 if isinstance(space, spaces.Discrete) else 3  # one-hot
+    inputs = 3 if isinstance(space, spaces.Box) else 4  # one-hot
     assert results["stages"][1]["energy"]["ann_ops"] == inputs * 16 + 16 * 2
 
 
@@ -280,8 +285,9 @@ def test_an_environment_that_cannot_be_built_is_one_line(error: Exception) -> No
         ({"network": NetworkConfig(net_arch=(np.int64(8),))}, "network.net_arch must be a plain Python value"),  # type: ignore[arg-type]
         ({"max_episode_steps": 0}, "max_episode_steps must be >= 1, got 0"),
         ({"checkpoint_every": 0}, "checkpoint_every must be >= 1, got 0"),
-        # burn-in 8, 16 frames and 3 more are 27; of the first of 1 + 26 steps nothing came before
-        ({"snn": SnnConfig(parent_steps=103, burn_in=8)}, "snn.parent_steps must be >= 104, a window of each environ"),
+        # burn-in 8 and 16 frames are 24, and 3 more with rewards; of the first of 1 + 23 steps nothing came before
+        ({"snn": SnnConfig(parent_steps=91, burn_in=8)}, "snn.parent_steps must be >= 92, a window of each environ"),
+        ({"snn": SnnConfig(parent_steps=103, burn_in=8, rewards=True)}, "snn.parent_steps must be >= 104, a window"),
         ({"ann": AnnConfig(buffer_size=7)}, "ann.buffer_size must be >= 8, a window of each environment, got 7"),
     ],
 )
@@ -291,7 +297,7 @@ def test_what_a_later_stage_would_refuse_is_refused_by_the_recipe(changes: dict[
 
 
 def test_the_smallest_replays_are_large_enough(tmp_path: Path) -> None:
-    snn = dataclasses.replace(recipe().snn, parent_steps=88, buffer_size=92, env_steps=32)
+    snn = dataclasses.replace(recipe().snn, parent_steps=76, buffer_size=80, env_steps=32)
     small = recipe(snn=snn, ann=dataclasses.replace(recipe().ann, buffer_size=8))
     assert len(run(small, tmp_path, device="cpu")["stages"]) == 3
 
@@ -300,7 +306,7 @@ def test_every_recipe_has_a_smoke_recipe() -> None:
     snn = SnnConfig(parent_steps=100_000, buffer_size=100_000, train_every=1_000)
     wide = recipe(num_envs=1_000, ann=AnnConfig(train_every=1_000), snn=snn, env_kwargs={"frame_stack": 4})
     smoke = wide.smoke()
-    assert (smoke.ann.buffer_size, smoke.snn.buffer_size, smoke.snn.parent_steps) == (5_000, 26_000, 22_000)
+    assert (smoke.ann.buffer_size, smoke.snn.buffer_size, smoke.snn.parent_steps) == (5_000, 23_000, 19_000)
     assert not wide.is_smoke(wide.as_dict())
     assert wide.is_smoke(wide.smoke().as_dict())
     assert RECIPES["pong"].smoke().snn.parent_steps == 256
@@ -397,14 +403,14 @@ def test_the_stage_of_a_later_failure_is_named(tmp_path: Path) -> None:
                 raise RuntimeError("no more")
             return super().step(action)
 
-    collect = SpikingDQN.collect
+    collect = Student.collect
 
-    def breaks(self: SpikingDQN, *args: Any) -> None:
+    def breaks(self: Student, *args: Any) -> None:
         collect(self, *args)
         Fails.broken = self.timesteps == 1
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SpikingDQN, "collect", breaks)
+        patch.setattr(Student, "collect", breaks)
         with pytest.raises(ValueError, match=r"^T1: the environment of mine failed: RuntimeError: no more; once"):
             run(recipe(of(Fails)), tmp_path, device="cpu")
     assert [s["stage"] for s in json.loads((tmp_path / "results.json").read_text())["stages"]] == ["ann", "T2"]
@@ -516,7 +522,7 @@ def test_a_kill_while_a_stage_collects_costs_a_minute_of_it(
     subprocess.run(["cp", "-r", str(whole), str(folder)], check=True)
     for name in ("T2", "T1") if stage == "T2" else ("T1",):
         (folder / name / "metrics.json").unlink()
-    on_step, collect, keep_rates = CollectionCallback._on_step, SpikingDQN.collect, SpikingDQN.keep_rates
+    on_step, collect, keep_rates = CollectionCallback._on_step, Student.collect, Student.keep_rates
     left: list[int] = []
     held: list[int] = []
     thresholds: list[bool] = []
@@ -527,18 +533,18 @@ def test_a_kill_while_a_stage_collects_costs_a_minute_of_it(
             raise Killed
         return on_step(self)
 
-    def collected(self: SpikingDQN, actor: Any, steps: int, *args: Any) -> None:
+    def collected(self: Student, actor: Any, steps: int, *args: Any) -> None:
         left.append(steps)
         collect(self, actor, steps, *args)
         assert self.replay_buffer is not None
         held.append(int(self.replay_buffer.acted.sum()))
 
-    def lowered(self: SpikingDQN, parent: SpikingDQN) -> None:
+    def lowered(self: Student, parent: Student) -> None:
         keep_rates(self, parent)
         thresholds.append(parent.timesteps == 2)
 
-    monkeypatch.setattr(SpikingDQN, "collect", collected)
-    monkeypatch.setattr(SpikingDQN, "keep_rates", lowered)
+    monkeypatch.setattr(Student, "collect", collected)
+    monkeypatch.setattr(Student, "keep_rates", lowered)
     with monkeypatch.context() as patch:
         patch.setattr(CollectionCallback, "_on_step", step)
         with pytest.raises(Killed):
@@ -561,22 +567,22 @@ def test_a_kill_within_a_piece_of_distillation_costs_a_minute_of_it(
     subprocess.run(["cp", "-r", str(whole), str(folder)], check=True)
     (folder / "T1" / "metrics.json").unlink()
     monkeypatch.setattr(taught, "DISTILLATION_PIECES", 1)
-    update, rates = SpikingDQN._update, []
+    update, rates = Student._update, []
 
-    def slow(self: SpikingDQN, td_weight: float, *args: Any, **kwargs: Any) -> float:
+    def slow(self: Student, *args: Any, **kwargs: Any) -> float:
         clock.now += 7
         if self.distilled < 40:
             rates.append(self.policy.optimizer.param_groups[0]["lr"])
         if len(rates) == 24:
             raise Killed
-        return update(self, td_weight, *args, **kwargs)
+        return update(self, *args, **kwargs)
 
-    monkeypatch.setattr(SpikingDQN, "_update", slow)
+    monkeypatch.setattr(Student, "_update", slow)
     falls = recipe(snn=dataclasses.replace(recipe().snn, play_learning_rate=1e-4))
     (folder / "run.json").write_text(json.dumps({"recipe": falls.as_dict(), "seed": 0, "ann": None}))
     with pytest.raises(Killed):
         run(falls, folder, device="cpu")
-    assert SpikingDQN.load(folder / "T1" / "checkpoint.zip", device="cpu").distilled == 18
+    assert Student.load(folder / "T1" / "checkpoint.zip", device="cpu").distilled == 18
     rates.append(0.0)
     run(falls, folder, device="cpu")
     expected = [1e-3 + (1e-4 - 1e-3) * i / 40 for i in range(40)]
@@ -707,7 +713,7 @@ def test_an_ann_that_cannot_be_used_leaves_no_folder(tmp_path: Path, whole: Path
     other = recipe(of(lambda: Episode(action_space=spaces.Discrete(3))))
     for made, file, message in (
         (recipe(), tmp_path / "none.zip", "no file at .*none.zip; --ann takes the zip of an SB3 DQN"),
-        (recipe(), tmp_path / "foreign.zip", "foreign.zip is not a readable SB3 DQN"),
+        (recipe(), tmp_path / "foreign.zip", "foreign.zip: it is not a zip, or it is damaged"),
         (recipe(), whole / "T1" / "policy.safetensors", "holds a spiking agent; --ann takes an ANN"),
         (other, whole / "ann" / "policy.safetensors", "is of the recipe 'mine', trained with action_space"),
     ):
