@@ -202,12 +202,25 @@ class Recipe:
     def build_env(self, num_envs: int, seed: int, /, **overrides: Any) -> VecEnv:
         """A monitored ``VecEnv`` of the recipe's environment; ``overrides`` go before ``env_kwargs``.
 
+        Observations and rewards are those of the environment itself. If ``make_env`` returns a ``VecNormalize``, it is
+        taken off: a policy holds the statistics and normalises its observations itself.
+
         Images are channels first, as SB3 transposes them. What the environment raises later on becomes a ValueError of
         one line, with the original as its ``__cause__``.
 
         Raises:
             ValueError: an argument that the environment does not take, or not with this value; another number of
                 environments; an environment that cannot be built.
+        """
+        from snn_rl.rl.environments import without_normalization  # here, where torch is needed anyway
+
+        return without_normalization(self.build_training_env(num_envs, seed, **overrides))
+
+    def build_training_env(self, num_envs: int, seed: int, /, **overrides: Any) -> VecEnv:
+        """As `build_env`, inside the ``VecNormalize`` that ``make_env`` puts around it, if it does.
+
+        Raises:
+            ValueError: as `build_env`.
         """
         kwargs = {**self.env_kwargs, **overrides}
         shown = str(kwargs)[:200]
@@ -216,7 +229,7 @@ class Recipe:
         # here, where torch is needed anyway
         from stable_baselines3.common.vec_env import VecEnv
 
-        from snn_rl.rl.environments import NamedFailures, transposed, why
+        from snn_rl.rl.environments import named, why
 
         try:
             env = self.make_env(num_envs, seed=seed, **kwargs)
@@ -237,7 +250,7 @@ class Recipe:
                 env.close()
             got = f"{type(env).__name__} of {getattr(env, 'num_envs', 1)}"
             raise ValueError(f"make_env of {self.name} must return a VecEnv of {num_envs} environments, got a {got}")
-        return NamedFailures(transposed(env), f"the environment of {self.name}")
+        return named(env, f"the environment of {self.name}")
 
     def _least_replay(self) -> dict[str, int]:
         """The least that fields may be so that the replay holds a window of each environment."""
