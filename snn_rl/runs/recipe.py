@@ -328,10 +328,11 @@ SPIKING = SnnConfig(
     percentile=99.0,
     leak=0.75,
     parent_steps=8_000,
-    distillation_updates=1_500,
-    env_steps=16_000,
+    distillation_updates=2_000,
+    env_steps=40_000,
     gradient_steps=2,
     batch_size=32,
+    sequence_length=8,
 )
 FRESH = SnnConfig(
     parent_steps=16_000,
@@ -354,7 +355,7 @@ class SpikeRecipe(Recipe):
     snn: SnnConfig = SPIKING
     fresh: SnnConfig = FRESH  # the stage of the new network
     schedule: tuple[int, ...] = (5, 3, 1)
-    validate_every: int = count(4_000)
+    validate_every: int = count(10_000)
     eval_episodes: int = count(100)
     cpu_threads: int | None = count(1, optional=True)
 
