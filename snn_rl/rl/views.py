@@ -11,6 +11,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
 from snn_rl.rl.spaces import in_one_line
+from snn_rl.rl.statistics import Statistics
 from snn_rl.rl.teacher import Observations, Teacher, teacher_of
 
 
@@ -70,6 +71,10 @@ class WholeObservationTeacher(Teacher):
             raise ValueError(f"the teacher sees {sees}, the environment is {in_one_line(whole)}")
         self.observation_space, self.action_space = env.observation_space, self.teacher.action_space
         self.head, self.exploration_rate = self.teacher.head, self.teacher.exploration_rate
+        whole_statistics = self.teacher.statistics
+        if whole_statistics is not None:  # a student normalises what it sees as its teacher does
+            mean, var = (np.asarray(value)[env.entries] for value in (whole_statistics.mean, whole_statistics.var))
+            self.statistics = Statistics(mean, var, whole_statistics.clip, whole_statistics.epsilon)
 
     @property
     def normalizes(self) -> bool:
