@@ -47,6 +47,10 @@ def test_a_table_at_the_end_and_a_second_call(ppo: Path, tmp_path: Path, capsys:
     assert (tmp_path / "run" / "T1" / "model.zip").stat().st_mtime_ns == at
     assert main([*words, "--schedule", "3", "1"]) == 2
     assert "belongs to another run: its schedule is [2, 1], not [3, 1]" in capsys.readouterr().err
+    env = VecNormalize(make_vec_env("CartPole-v1", 1))
+    env.save(str(tmp_path / "vecnormalize.pkl"))
+    assert main([*words, "--schedule", "2", "1", "--vecnormalize", str(tmp_path / "vecnormalize.pkl")]) == 2
+    assert "belongs to another run: it has the statistics none, not " in capsys.readouterr().err
 
 
 def test_the_agent_plays_by_the_other_commands(ppo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
