@@ -83,7 +83,7 @@ def row(agent: Mapping[str, Any], directory: Path) -> dict[str, Any] | None:
         "cleared": score(read_json(directory / "cleared.json")["mean"]),
         "rate": last["spike_rate"]["mean"],
         "energy": last["energy"]["ann_over_snn"],
-        "minutes": sum(stage["wall_seconds"] for stage in stages.values()) / 60,
+        "minutes": sum(stage["cpu_seconds"] for stage in stages.values()) / 60,
         "hardware": results["hardware"],
         "versions": results["versions"],
     }
@@ -106,7 +106,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         for name in names
     ]
     where = f"{rows[0]['hardware']}; " + ", ".join(f"{k} {v}" for k, v in rows[0]["versions"].items())
-    return "\n".join(["Scores of the first seed. " + "; ".join(summary) + ".", "", *lines, "", where, ""])
+    notes = "Minutes are those of one core. Rate: spikes per neuron and frame. Energy: that of the ANN by the agent's."
+    return "\n".join(["Scores of the first seed. " + "; ".join(summary) + ".", "", *lines, "", notes, "", where, ""])
 
 
 def _pm(value: tuple[float, float]) -> str:

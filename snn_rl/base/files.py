@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 TEMPORARY = ".writing-"  # how the names of files begin that are not whole yet
 
 
@@ -86,6 +84,8 @@ def alone_in(directory: Path, wait: float = 0.0) -> Iterator[None]:
         ValueError: another process holds it still, or a file stands in its place.
         OSError: nothing can be written there.
     """
+    from filelock import FileLock, Timeout  # here, where a run needs it
+
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file, and a folder is needed; use another --run-dir")
     directory.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from snn_rl.cli.recipes import local_recipes, search_here
 from snn_rl.rl.policy_file import LoadedPolicy
-from snn_rl.runs.provenance import environment_of, recipe_of
+from snn_rl.runs.provenance import as_taken_by, environment_of, recipe_of
 from snn_rl.runs.recipe import Recipe
 from snn_rl.runs.registered import import_or_refuse, registered
 
@@ -126,7 +126,8 @@ def named_environment(name: str, policy: LoadedPolicy, num_envs: int = 1, seed: 
             if ":" in name:
                 raise
             raise ValueError(f"{error}, or MODULE:FUNCTION for a function of yours") from error
-    return Recipe(name=name, env_id=name, make_env=make_env, num_envs=1).build_env(num_envs, seed, **kwargs)
+    recipe = Recipe(name=name, env_id=name, make_env=make_env, num_envs=1)
+    return as_taken_by(policy, recipe.build_training_env(num_envs, seed, **kwargs))
 
 
 def _function(name: str) -> Callable[..., Any]:

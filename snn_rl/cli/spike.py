@@ -8,41 +8,35 @@ from pathlib import Path
 
 from snn_rl.cli.environments import add_env_kwargs, parsed_kwargs
 from snn_rl.cli.memory import keep_freed_memory
-from snn_rl.cli.parser import DEVICE_HELP, Parser
+from snn_rl.cli.parser import Parser
 from snn_rl.cli.status import RESUMES, exit_status
 from snn_rl.cli.training import print_results
-from snn_rl.rl.zips import ALGORITHMS
 from snn_rl.runs.given import Given
 from snn_rl.runs.recipe import SpikeRecipe
 from snn_rl.runs.registered import registered
 from snn_rl.runs.spike import spike
 
-DESCRIPTION = """Make a trained agent spike, in fewer and fewer timesteps per frame.
+DESCRIPTION = """Make an agent of stable-baselines3 or sb3-contrib spike, in fewer and fewer timesteps per frame.
 
-FILE is the zip of an agent of stable-baselines3 or sb3-contrib. Nothing in it is run. Run the same command again to
-resume a run that was stopped.
+Run the same command again to resume a run that was stopped.
 """
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     parser = Parser(DESCRIPTION, prog=prog)
-    parser.add_argument("file", metavar="FILE", type=Path, help="the agent, as model.save of its algorithm wrote it")
+    parser.add_argument("file", metavar="FILE", type=Path, help="the agent's zip; nothing in it is run")
     parser.add_argument("--env-id", metavar="ID", required=True, help="its environment, an id of gymnasium")
-    add_env_kwargs(parser, "arguments of the environment, such as continuous=True (default: none)")
-    parser.add_argument("--algo", help=f"{', '.join(ALGORITHMS)} (default: as the file says)")
+    add_env_kwargs(parser, "its arguments, such as continuous=True (default: none)")
+    parser.add_argument("--algo", help="its algorithm, such as ppo (default: as the file says)")
+    parser.add_argument("--vecnormalize", type=Path, metavar="FILE", help="what its VecNormalize saved (default: none)")
     parser.add_argument(
-        "--vecnormalize", type=Path, metavar="FILE", help="what its VecNormalize saved, if it had one (default: none)"
+        "--schedule", type=int, nargs="+", default=[5, 3, 1], metavar="T", help="timesteps of each stage"
     )
-    parser.add_argument(
-        "--schedule", type=int, nargs="+", default=[5, 3, 1], metavar="T", help="timesteps per frame of each stage"
-    )
-    parser.add_argument("--episodes", type=int, default=100, help="episodes that evaluate each stage")
+    parser.add_argument("--episodes", type=int, default=100, help="episodes to evaluate a stage")
     parser.add_argument("--seed", type=int, default=0, help="seed of the run")
-    parser.add_argument(
-        "--run-dir", type=Path, metavar="DIR", help="folder of the run (default: runs/spike-ID/seed-SEED)"
-    )
-    parser.add_argument("--device", default="cpu", help=DEVICE_HELP)
-    parser.add_argument("--smoke", action="store_true", help="go through every stage in seconds; nothing is learnt")
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="folder of the run (default: in runs)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or auto")
+    parser.add_argument("--smoke", action="store_true", help="every stage in seconds; nothing is learnt")
     options = parser.parse_args(argv)
 
     def command() -> None:

@@ -6,12 +6,15 @@ addition 0.9 pJ,
     E_ann / E_snn = sum_q(ops_q * 4.6) / (ops_1 * 4.6 + sum_{q>=2}(rate_{q-1} * ops_q * 0.9))
 
 with ``ops_q`` the dense operations of synapse q and ``rate_{q-1}`` the spikes per neuron and inference (summed over
-the T micro-steps) that enter it. With direct encoding the first synapse is dense in both.
+the T micro-steps) that enter it. With direct encoding the first synapse is dense in both. Where spikes and analogue
+values enter one synapse, side by side or as a sum, it is linear: the analogue ones are multiplied once per inference,
+and an addition follows each spike.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,6 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from snn_rl.core.graph import reshaped
+from snn_rl.core.layers import SYNAPSES
 from snn_rl.core.network import SpikingNetwork
 from snn_rl.core.neuron import LIF
 
@@ -43,8 +48,8 @@ class Activity:
     """Measured spike rates and what follows from them, per inference of one frame.
 
     ``layers`` maps each LIF layer to its spikes per neuron, summed over T; ``mean`` is over all neurons.
-    ``ann_ops`` are multiply-accumulates; ``snn_ops`` counts the first synapse's multiply-accumulates and, behind it,
-    one addition per spike and synapse.
+    ``ann_ops`` are multiply-accumulates; ``snn_ops`` counts the multiply-accumulates of analogue values (those of the
+    first synapse) and one addition per spike and synapse.
     """
 
     mean: float
@@ -176,7 +181,8 @@ def activity(
             are cleared, the first step has none to read and the last none to write.
         skip_zero_weights: the spiking network neither reads weights of 0 nor computes with them; the ANN does both.
 
-    Memory accesses: a synapse reads each weight once per micro-step (the first synapse, and the ANN, once per frame).
+    Memory accesses: a synapse reads a weight that spikes reach once per micro-step, and others once per frame: those of
+    analogue values alone, as in the first synapse, and the ANN's.
 
     Raises:
         ValueError: rates that do not name the network's LIF layers and the max-pooling layers behind them.
@@ -189,10 +195,11 @@ def activity(
     ann_ops = sum(s.ops for s in synapses)
     energy_ann = ann_ops * PJ_PER_MAC
     kept = [s.density if skip_zero_weights else 1.0 for s in synapses]
-    dense = sum(s.ops * share for s, share in zip(synapses, kept, strict=True) if s.rate is None)
-    additions = sum(s.ops * share * s.rate for s, share in zip(synapses, kept, strict=True) if s.rate is not None)
+    dense = sum(s.ops * share * s.analogue for s, share in zip(synapses, kept, strict=True))
+    additions = sum(s.ops * share * s.rate for s, share in zip(synapses, kept, strict=True))
     energy_snn = dense * PJ_PER_MAC + additions * PJ_PER_ADDITION
-    weights = sum(s.weights * share * (1 if s.rate is None else steps) for s, share in zip(synapses, kept, strict=True))
+    reads = [s.weights * share * (1 + (steps - 1) * s.spiking) for s, share in zip(synapses, kept, strict=True)]
+    weights = sum(reads)
     membranes = sum(neurons.values()) * 2 * (steps if persistent else steps - 1)
     return Activity(
         mean=sum(rates[name] * n for name, n in neurons.items()) / sum(neurons.values()),
@@ -211,7 +218,13 @@ class _Synapse:
     ops: int  # multiply-accumulates per dense pass of one observation
     weights: int
     density: float  # share of the weights that are not 0
-    rate: float | None  # of the spikes that enter it; None where its input is analogue
+    analogue: float  # share of its inputs that hold analogue values
+    spiking: float  # share of its inputs that hold spikes
+    rate: float  # of spikes, over all inputs
+
+
+# Operations that only choose and arrange entries.
+_ARRANGING = (operator.getitem, torch.cat, torch.flatten, torch.unflatten, reshaped, nn.Flatten, nn.Unflatten)
 
 
 def _synapses(
@@ -220,28 +233,44 @@ def _synapses(
     """The synapses in order, and the number of neurons of each LIF layer, by one pass of a silent observation."""
     synapses: list[_Synapse] = []
     neurons: dict[str, int] = {}
-    rate: dict[fx.Node, float | None] = {}
+    # Of each entry of a node's output, (3, ...): is it analogue, does it hold spikes, and at which rate.
+    signals: dict[fx.Node, Tensor] = {}
 
     class Walk(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             module = self.module.get_submodule(str(n.target)) if n.op == "call_module" else None
-            incoming = [rate[source] for source in n.all_input_nodes]
             if isinstance(module, LIF):
-                x = self.env[n.args[0]]  # type: ignore[index]
-                neurons[str(n.target)] = math.prod(x.shape[1:])
-                rate[n] = rates[str(n.target)]
-                return x
-            # a sum carries the spikes of both branches; where one is analogue, so is the sum
-            rate[n] = None if not incoming or None in incoming else sum(r for r in incoming if r is not None)
-            if str(n.target) in network.spike_pools:
-                rate[n] = rates[str(n.target)]
-            out: Any = super().run_node(n) if n.op != "output" else None
-            if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
-                fan_in = module.weight[0].numel()
-                weights = module.weight.numel()
+                out: Any = self.env[n.args[0]]  # type: ignore[index]
+                neurons[str(n.target)] = math.prod(out.shape[1:])
+            else:
+                out = super().run_node(n) if n.op != "output" else None
+            if isinstance(module, SYNAPSES):
+                shares = signals[n.all_input_nodes[0]].flatten(1).mean(1).tolist()
+                fan_in, weights = module.weight[0].numel(), module.weight.numel()
                 density = int(module.weight.count_nonzero()) / weights
-                synapses.append(_Synapse(fan_in * math.prod(out.shape[1:]), weights, density, rate[n]))
+                synapses.append(_Synapse(fan_in * math.prod(out.shape[1:]), weights, density, *shares))
+            if n.op != "output":
+                signals[n] = self.signal(n, module, out)
             return out
+
+        def signal(self, n: fx.Node, module: nn.Module | None, out: Tensor) -> Tensor:
+            incoming = [signals[source] for source in n.all_input_nodes]
+            measured = rates.get(str(n.target)) if n.op == "call_module" else None
+            if measured is not None:  # a LIF layer, or max pooling of spikes
+                each = torch.tensor([0.0, 1.0, measured], dtype=torch.float64)
+            elif n.target is operator.add:  # it carries what is on either side
+                a, b = (signals[arg] for arg in n.args)  # type: ignore[index]
+                return torch.cat([torch.maximum(a[:2], b[:2]), (a + b)[2:]])
+            elif n.target in _ARRANGING or isinstance(module, nn.Flatten | nn.Unflatten):
+                arguments = fx.node.map_arg((n.args, n.kwargs), signals.__getitem__)
+                return (module or n.target)(*arguments[0], **arguments[1])  # type: ignore[operator]
+            elif incoming:  # of each entry as of all
+                each = incoming[0].flatten(1).mean(1)
+                if isinstance(module, SYNAPSES):  # each output is a sum over inputs of both kinds
+                    each[:2] = each[:2].ceil()
+            else:
+                each = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+            return each.view(3, *[1] * (out.dim() - 1)).expand(3, *out.shape[1:])
 
     parameter = next(network.parameters())
     training = network.training

@@ -46,9 +46,10 @@ def to_spiking(
 
     Args:
         ann: any network that torch.fx can trace, of Linear, Conv, BatchNorm, pooling, Flatten, Dropout, ReLU (module,
-            function or method) and additions, with one input and one output. It is converted as it computes in
-            evaluation mode. Weights that are computed at each call (weight norm, spectral norm, other
-            parametrizations, pruning masks) are stored as they are now; shared parameters become separate ones.
+            function or method), additions, slices and concatenations of features, with one input and one output. It is
+            converted as it computes in evaluation mode. Weights that are computed at each call (weight norm, spectral
+            norm, other parametrizations, pruning masks) are stored as they are now; shared parameters become separate
+            ones.
         calibration: inputs of shape (samples, ...) as the ANN takes them, or an iterable of such batches. A
             ``DataLoader`` may yield tuples: the first entry is the input.
         percentile: the threshold of a layer is this percentile, in (0, 100], of its ReLU's input.
@@ -216,8 +217,9 @@ def _scale(graph: NetworkGraph, thresholds: dict[fx.Node, float], *, rescale: bo
 
     Each signal has a scale: the ANN's value that a 1 on it stands for. A LIF layer with threshold v emits on scale v.
     A synapse can turn any scale into any other through its weights; a sum needs one scale on both sides, so a branch
-    without weights (an identity shortcut) gets a `Gain`. Scales are named by LIF layer, not by their value, so that
-    where gains stand depends on the architecture alone.
+    without weights (an identity shortcut) gets a `Gain`. So does a concatenation, which takes the scale of its first
+    spikes where no LIF layer behind it asks for another: they stay what they are. Scales are named by LIF layer, not by
+    their value, so that where gains stand depends on the architecture alone.
     """
     scale_of: dict[fx.Node | str, float] = {UNIT: 1.0}
     for lif_node, threshold in thresholds.items():
@@ -267,9 +269,15 @@ def _scale(graph: NetworkGraph, thresholds: dict[fx.Node, float], *, rescale: bo
             scale[node] = wanted(node)
             for source in dict.fromkeys(node.all_input_nodes):
                 bring(node, source, scale[node])
+        elif node.target is torch.cat:
+            sources = dict.fromkeys(node.all_input_nodes)
+            spikes = (scale[source] for source in sources if scale[source] != UNIT)
+            scale[node] = target if (target := wanted(node)) != UNIT else next(spikes, UNIT)
+            for source in sources:
+                bring(node, source, scale[node])
         elif node.op == "output":
             bring(node, node.args[0], UNIT)
-        else:  # pooling, flatten, dropout: linear without weights
+        else:  # pooling, flatten, slices, dropout: linear without weights
             scale[node] = scale[node.all_input_nodes[0]]
     parameter = next(graph.parameters())
     graph.to(device=parameter.device, dtype=parameter.dtype)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from snn_rl.core.layers import (
     AVERAGE_POOLING_FUNCTIONS,
     AVERAGE_POOLINGS,
     BATCH_NORMS,
+    CONCATENATIONS,
     CONVOLUTIONS,
     DROPOUTS,
     KNOWN,
@@ -36,10 +37,16 @@ from snn_rl.core.neuron import LIF
 from snn_rl.core.plain import first_line, plain_copy
 
 ADDITIONS = (operator.add, operator.iadd, torch.add)
+MAY_BE_VIEWS = (
+    "view", "reshape", "flatten", "unflatten", "contiguous", "narrow", "split", torch.flatten, torch.reshape,
+    torch.unflatten, torch.narrow, torch.split, operator.getitem, F.dropout,
+)  # fmt: skip
 
 MAX_POOLING = "place max pooling right behind a ReLU, or use average pooling or a stride"
 HOLDS_WEIGHTS = "call an nn.Linear or nn.Conv module, which holds its weights"
 SIZES = "sizes other than the batch's are not known here; for global pooling use nn.AdaptiveAvgPool2d(1)"
+SPLIT = "split along a dimension of features, at places that are numbers, by slices or torch.split"
+RESHAPE = "keep the batch as the first dimension, and give the others as numbers"
 WAY_OUT = {
     "MaxPool": MAX_POOLING,
     "max_pool": MAX_POOLING,
@@ -47,13 +54,20 @@ WAY_OUT = {
     "without padding",
     "GELU": "train the ANN with ReLU",
     "LSTM": "the membranes are the memory: leave it out",
-    "cat": "add the branches instead",
-    "getitem": SIZES,
+    "cat": "concatenate signals along a dimension of features, not along the batch",
+    "getitem": "of each observation take slices and single entries by numbers, as in x[:, 2:5]; " + SIZES,
+    "split": SPLIT,
+    "chunk": SPLIT,
+    "narrow": SPLIT,
+    "view": RESHAPE,
+    "reshape": RESHAPE,
+    "unflatten": RESHAPE,
 }
 FLAT_NORM = "batch-norm next to a Linear layer needs inputs of shape (batch, features); flatten them first"
 NORM = "batch-norm"  # in the `meta` of a Linear layer's node: the name of the batch-norm that was folded into it
 DEFAULT_WAY_OUT = (
-    "use Linear, Conv, BatchNorm, pooling, Flatten, Dropout, ReLU and additions, or keep it outside the network"
+    "use Linear, Conv, BatchNorm, pooling, Flatten, Dropout, ReLU, additions, slices and concatenations, or keep it "
+    "outside the network"
 )
 
 
@@ -143,8 +157,8 @@ def _may_share_memory(net: NetworkGraph, node: fx.Node) -> bool:
     if _is_in_place(net, node):
         return True
     if node.op == "call_module":
-        return is_kind(module_of(net, node), (nn.Flatten, nn.Identity, *DROPOUTS))
-    return node.target in ("view", "reshape", "flatten", "contiguous", torch.flatten, torch.reshape, F.dropout)
+        return is_kind(module_of(net, node), (nn.Flatten, nn.Unflatten, nn.Identity, *DROPOUTS))
+    return node.target in MAY_BE_VIEWS
 
 
 # --- batch-norm and max pooling -----------------------------------------------------------------------------------
@@ -294,9 +308,17 @@ def _normalise(net: NetworkGraph, node: fx.Node, seen: dict[str, str]) -> None:
         raise ValueError(
             f"cannot convert node {node.name!r}: the forward computes with {node.target!r} itself; {HOLDS_WEIGHTS}"
         )
+    if node.target in CONCATENATIONS:
+        return _normalise_concatenation(net, node)
     source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
     if source is None:
         raise refusal(net, node)
+    if _is_split(node):  # its parts, which are slices, are what is left of it
+        if not all(user.target is operator.getitem for user in node.users):
+            raise refusal(net, node)
+        return None
+    if node.target is operator.getitem:
+        return _normalise_part(net, node, source)
     others = [arg for arg in node.all_input_nodes if arg is not source]
     if others and (_is_max_pool(net, node) or node.target in AVERAGE_POOLING_FUNCTIONS):
         raise ValueError(f"cannot convert node {node.name!r}: {SIZES}")
@@ -337,6 +359,18 @@ def _normalise(net: NetworkGraph, node: fx.Node, seen: dict[str, str]) -> None:
         # (batch, -1) and (-1, features): a flatten in disguise. The calibration run checks that the batch survives.
         if len(sizes) == 2 and (sizes[1] == -1 or sizes[0] == -1) and all(_is_batch_size(n) for n in others):
             return _call_function(node, torch.flatten, source, 1)
+        batch, *shape = sizes or (None,)
+        keeps_batch = batch == -1 or (isinstance(batch, fx.Node) and _is_batch_size(batch))
+        if keeps_batch and shape and all(isinstance(size, int) for size in shape):
+            return _call_function(node, reshaped, source, *shape)
+    if name == "unflatten" or node.target is torch.unflatten:
+        dim, features = _arguments(node, "dim", "sizes")
+        if _keeps_batch(dim) and isinstance(features, tuple | list) and all(isinstance(n, int) for n in features):
+            return _call_function(node, torch.unflatten, source, dim, tuple(features))
+    if name == "narrow" or node.target is torch.narrow:
+        dim, start, length = _arguments(node, "dim", "start", "length")
+        if _is_feature(dim) and isinstance(start, int) and isinstance(length, int) and start >= 0:
+            return _call_slice(node, source, dim, start, start + length)
     if name == "mean" or node.target is torch.mean:
         dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
         dims = (dims,) if isinstance(dims, int) else dims
@@ -344,6 +378,77 @@ def _normalise(net: NetworkGraph, node: fx.Node, seen: dict[str, str]) -> None:
             keepdim = bool(node.kwargs.get("keepdim", node.args[2] if len(node.args) > 2 else False))
             return _call_function(node, torch.mean, source, tuple(dims), keepdim)
     raise refusal(net, node)
+
+
+def _arguments(node: fx.Node, *names: str) -> Iterator[Any]:
+    """What a function or method was given behind its first argument, by position or name; None where it was not."""
+    for i, name in enumerate(names, start=1):
+        yield node.kwargs.get(name, node.args[i] if len(node.args) > i else None)
+
+
+def _normalise_concatenation(net: NetworkGraph, node: fx.Node) -> None:
+    signals = node.kwargs.get("tensors", node.args[0] if node.args else None)
+    dim = node.kwargs.get("dim", node.kwargs.get("axis", node.args[1] if len(node.args) > 1 else 0))
+    whole = isinstance(signals, tuple | list) and all(isinstance(signal, fx.Node) for signal in signals)
+    if not (whole and _keeps_batch(dim) and node.kwargs.keys() <= {"tensors", "dim", "axis"}):
+        raise refusal(net, node)
+    assert isinstance(signals, tuple | list)
+    _call_function(node, torch.cat, list(signals), dim)
+
+
+def _normalise_part(net: NetworkGraph, node: fx.Node, source: fx.Node) -> None:
+    """Part of each observation: ``x[:, 2:5]``, ``x[:, 0]``, ``x[..., :3]``, or a part of ``x.split(...)``."""
+    index = node.args[1]
+    if _is_split(source):
+        x, sizes, dim = _split(source)
+        if isinstance(index, int) and index >= 0 and x is not None and _is_feature(dim):
+            if isinstance(sizes, int):
+                return _call_slice(node, x, dim, index * sizes, (index + 1) * sizes)
+            if isinstance(sizes, tuple | list) and all(isinstance(n, int) for n in sizes) and index < len(sizes):
+                start = sum(sizes[:index])
+                return _call_slice(node, x, dim, start, start + sizes[index])
+        raise refusal(net, source)
+    if not isinstance(index, tuple):
+        index = (index,)
+    first, *others = index or (None,)
+    keeps_batch = first == slice(None) or (first is Ellipsis and len(others) == 1)
+    if not (keeps_batch and all(map(_is_plain_index, others)) and (first is not Ellipsis or Ellipsis not in others)):
+        raise refusal(net, node)
+    return _call_function(node, operator.getitem, source, index) if others else _drop(node, source)
+
+
+def _is_plain_index(index: object) -> bool:
+    if isinstance(index, slice):
+        return all(n is None or isinstance(n, int) for n in (index.start, index.stop, index.step))
+    return index is None or index is Ellipsis or (isinstance(index, int) and not isinstance(index, bool))
+
+
+def _is_split(node: fx.Node) -> bool:
+    return node.target is torch.split or (node.op == "call_method" and node.target == "split")
+
+
+def _split(node: fx.Node) -> tuple[fx.Node | None, Any, Any]:
+    """What is split, into which sizes, along which dimension."""
+    source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+    named = {"split_size", "split_size_or_sections"} & node.kwargs.keys()
+    sizes = node.kwargs[named.pop()] if named else node.args[1] if len(node.args) > 1 else None
+    return source, sizes, node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
+
+
+def _is_feature(dim: object) -> bool:
+    """Whether it is a dimension of features in whatever rank: any but the first, or the last."""
+    return isinstance(dim, int) and (dim > 0 or dim == -1)
+
+
+def _call_slice(node: fx.Node, source: fx.Node, dim: int, start: int, stop: int) -> None:
+    """Entries from ``start`` up to ``stop`` along a dimension of each observation."""
+    whole = (Ellipsis,) if dim == -1 else (slice(None),) * dim
+    _call_function(node, operator.getitem, source, (*whole, slice(start, stop)))
+
+
+def reshaped(x: Tensor, *sizes: int) -> Tensor:
+    """``x`` (batch, ...) as (batch, *sizes)."""
+    return x.reshape(x.shape[0], *sizes)
 
 
 def _normalise_module(net: NetworkGraph, node: fx.Node, source: fx.Node, seen: dict[str, str]) -> None:
@@ -361,6 +466,8 @@ def _normalise_module(net: NetworkGraph, node: fx.Node, source: fx.Node, seen: d
             )
         return None
     if kind in AVERAGE_POOLINGS or kind in BATCH_NORMS or (kind is nn.Flatten and _keeps_batch(module.start_dim)):
+        return None
+    if kind is nn.Unflatten and _keeps_batch(module.dim) and all(isinstance(n, int) for n in module.unflattened_size):
         return None
     if kind in DROPOUTS:
         if kind is not nn.Dropout:

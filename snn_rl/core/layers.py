@@ -47,6 +47,7 @@ MAX_POOLING_FUNCTIONS: dict[Any, type[nn.Module]] = {
     F.adaptive_max_pool2d: nn.AdaptiveMaxPool2d,
     F.adaptive_max_pool3d: nn.AdaptiveMaxPool3d,
 }
+CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
 
 KNOWN = (
@@ -57,6 +58,7 @@ KNOWN = (
     *MAX_POOLINGS,
     nn.ReLU,
     nn.Flatten,
+    nn.Unflatten,
     nn.Identity,
 )
 # What decides the output of a layer beside its parameters.

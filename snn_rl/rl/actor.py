@@ -24,6 +24,7 @@ from snn_rl.core.convert import DEFAULT_LEAK
 from snn_rl.core.graph import prepare
 from snn_rl.core.plain import evaluation_copy
 from snn_rl.rl.heads import Head, head_of
+from snn_rl.rl.observations import flat_extractor
 from snn_rl.rl.spaces import UnsupportedSpaceError, in_one_line
 
 LSTMState = tuple[np.ndarray, np.ndarray]  # hidden and cell state, each (layers, n, hidden units)
@@ -50,9 +51,10 @@ METHODS = (
 class Actor:
     """The feed-forward network that chooses an agent's greedy actions.
 
-    ``network`` maps preprocessed observations (batch, ...), or a dict of them, to outputs (batch, head.size). Its
-    children are ``features``, the features extractor, and ``mlp``, a ``Sequential`` of what follows. It is a copy of
-    the policy's layers in evaluation mode.
+    ``network`` maps preprocessed observations (batch, ...) to outputs (batch, head.size). Those of a ``Dict`` space it
+    takes as a dict, or side by side in one tensor (`FlatExtractor`), in which form it can be converted. Its children
+    are ``features``, the features extractor, and ``mlp``, a ``Sequential`` of what follows. It is a copy of the
+    policy's layers in evaluation mode.
     """
 
     network: nn.Sequential
@@ -167,7 +169,7 @@ def actor_of(policy: BasePolicy) -> Actor:
     outputs = [layer.out_features for layer in mlp if isinstance(layer, nn.Linear)]
     if outputs[-1:] != [head.size]:
         raise ValueError(f"the last linear layer of the actor must have {head.size} units, got {outputs[-1:]}")
-    network = evaluation_copy(nn.Sequential(OrderedDict(features=features, mlp=mlp)))
+    network = evaluation_copy(nn.Sequential(OrderedDict(features=flat_extractor(features), mlp=mlp)))
     assert isinstance(network, nn.Sequential)
     return Actor(
         network, head, policy.features_extractor_class, dict(policy.features_extractor_kwargs), net.normalize_images

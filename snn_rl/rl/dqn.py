@@ -17,7 +17,15 @@ from snn_rl.core.convert import DEFAULT_LEAK, DEFAULT_PERCENTILE
 from snn_rl.core.network import State
 from snn_rl.rl.losses import n_step_returns
 from snn_rl.rl.network import layers_of
-from snn_rl.rl.policy import CnnPolicy, MlpPolicy, SpikingDQNPolicy, SpikingQNetwork, StatefulPolicy, check_forwards
+from snn_rl.rl.policy import (
+    CnnPolicy,
+    MlpPolicy,
+    MultiInputPolicy,
+    SpikingDQNPolicy,
+    SpikingQNetwork,
+    StatefulPolicy,
+    check_forwards,
+)
 from snn_rl.rl.recurrent import SPIKES_EVERY, RecurrentLearner, check_same_spaces
 from snn_rl.rl.replay import SequenceReplayBuffer, Windows
 from snn_rl.rl.spaces import check_spaces
@@ -33,8 +41,8 @@ class SpikingDQN(RecurrentLearner, DQN):
     Takes SB3's DQN arguments, with these differences:
 
     Args:
-        policy: ``"MlpPolicy"``, ``"CnnPolicy"`` or a subclass of `SpikingDQNPolicy`; ``policy_kwargs`` also take
-            ``timesteps``, ``leak``, ``leak_reset`` and ``persistent``.
+        policy: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"`` (of Dict observations) or a subclass of
+            `SpikingDQNPolicy`; ``policy_kwargs`` also take ``timesteps``, ``leak``, ``leak_reset`` and ``persistent``.
         batch_size: windows per update (not transitions).
         optimize_memory_usage: changes nothing. The replay stores each frame once in any case, and nothing is truncated.
         sequence_length: frames of a window that are trained on.
@@ -51,7 +59,7 @@ class SpikingDQN(RecurrentLearner, DQN):
       ``learning_starts`` is.
     - The replay is a `SequenceReplayBuffer`, for any ``n_steps``. It holds timelines of frames, not the arrays
       ``observations``, ``rewards`` and ``dones`` of SB3's buffers. `HerReplayBuffer` is refused.
-    - Dict observations are refused, as are actions or observations that do not count from 0 (`check_spaces`).
+    - Actions or observations that do not count from 0 are refused (`check_spaces`).
     - Batch-norm is folded into the weights when the network is built, so its statistics do not move with training.
       The Q-network has one ``network`` in place of ``features_extractor`` and ``q_net``.
     - Exploration draws from a generator of its own, once for each environment. ``seed``, `set_random_seed` and
@@ -63,7 +71,11 @@ class SpikingDQN(RecurrentLearner, DQN):
         ValueError: an argument out of range, or a network that cannot be converted.
     """
 
-    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MlpPolicy": MlpPolicy, "CnnPolicy": CnnPolicy}
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": MlpPolicy,
+        "CnnPolicy": CnnPolicy,
+        "MultiInputPolicy": MultiInputPolicy,
+    }
     policy: SpikingDQNPolicy
     q_net: SpikingQNetwork
     q_net_target: SpikingQNetwork
@@ -297,10 +309,7 @@ class SpikingDQN(RecurrentLearner, DQN):
         }
         kwargs.setdefault("gamma", dqn.gamma)
         model = cls(SpikingDQNPolicy, env, policy_kwargs=policy_kwargs, **kwargs)
-        batches = (
-            model.q_net.preprocess(torch.as_tensor(obs, device=model.device))
-            for obs in model._play(player, calibration_steps)
-        )
+        batches = (model.q_net.preprocess(model.q_net.as_tensor(obs)) for obs in model._play(player, calibration_steps))
         if isinstance(player, StackedTeacher):
             spread_into(model.q_net, batches)
         else:

@@ -8,7 +8,13 @@ from typing import TypeVar
 
 import gymnasium as gym
 import numpy as np
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecTransposeImage, is_vecenv_wrapped
+from stable_baselines3.common.vec_env import (
+    VecEnv,
+    VecEnvWrapper,
+    VecNormalize,
+    VecTransposeImage,
+    is_vecenv_wrapped,
+)
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
 from snn_rl.base.progress import one_line
@@ -26,6 +32,19 @@ def transposed(env: VecEnv) -> VecEnv:
     space = env.observation_space
     done = is_vecenv_wrapped(env, VecTransposeImage) or channels_first(space) == space
     return env if done else VecTransposeImage(env)
+
+
+def without_normalization(env: VecEnv) -> VecEnv:
+    """What a ``VecNormalize`` at the top of ``env`` wraps; ``env`` itself where there is none."""
+    return env.venv if isinstance(env, VecNormalize) else env
+
+
+def named(env: VecEnv, description: str) -> VecEnv:
+    """``env`` with its images channels first and in `NamedFailures`, both below a ``VecNormalize`` at its top."""
+    if isinstance(env, VecNormalize):
+        env.venv = NamedFailures(env.venv, description)  # of images, whose channels would move, it is refused
+        return env
+    return NamedFailures(transposed(env), description)
 
 
 class NamedFailures(VecEnvWrapper):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
+from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import (
@@ -123,9 +123,13 @@ def evaluate(
 def _input_shape(net: StatefulNetwork) -> tuple[int, ...]:
     """Of one observation as the network takes it: a discrete one is one-hot."""
     space = net.observation_space
-    device = next(net.network.parameters()).device
-    zeros = torch.as_tensor(np.zeros((1, *(space.shape or ())), space.dtype), device=device)
-    return tuple(net.preprocess(zeros).shape[1:])
+    zeros = _zeros(space) if not isinstance(space, spaces.Dict) else {k: _zeros(p) for k, p in space.spaces.items()}
+    return tuple(net.preprocess(net.as_tensor(zeros)).shape[1:])
+
+
+def _zeros(space: spaces.Space) -> np.ndarray:
+    """A batch of one observation of zeros."""
+    return np.zeros((1, *(space.shape or ())), space.dtype)
 
 
 def is_monitored(env: VecEnv) -> bool:

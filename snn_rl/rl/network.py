@@ -16,6 +16,7 @@ from snn_rl.core.convert import DEFAULT_LEAK, spiking_architecture
 from snn_rl.core.network import SpikingNetwork, State
 from snn_rl.core.prune import prune_timesteps
 from snn_rl.rl.heads import Head
+from snn_rl.rl.observations import FlatDict, flat_dict, flat_extractor, side_by_side
 from snn_rl.rl.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -28,8 +29,11 @@ EVENT_DRIVEN_STEPS = 6
 
 
 def layers_of(extractor: nn.Module, mlp: nn.Module) -> nn.Sequential:
-    """A features extractor and the layers behind it as one module, from preprocessed observations to outputs."""
-    return nn.Sequential(OrderedDict(features=extractor, mlp=mlp))
+    """A features extractor and the layers behind it as one module, from preprocessed observations to outputs.
+
+    An extractor of Dict observations becomes a `FlatExtractor`.
+    """
+    return nn.Sequential(OrderedDict(features=flat_extractor(extractor), mlp=mlp))
 
 
 def actor_layers(
@@ -54,19 +58,58 @@ class Normalizer(nn.Module):
         self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
         self.clip, self.epsilon = clip, epsilon
 
-    @classmethod
-    def of(cls, statistics: Statistics) -> Normalizer:
-        """The normaliser of these statistics."""
-        mean, var = np.asarray(statistics.mean, np.float64), np.asarray(statistics.var, np.float64)
-        self = cls(mean.shape, statistics.clip, statistics.epsilon)
-        self.mean.copy_(torch.as_tensor(mean))
-        self.var.copy_(torch.as_tensor(var))
-        return self
+    @property
+    def statistics(self) -> Statistics:
+        """The statistics that it normalises by."""
+        return Statistics(
+            self.mean.numpy(force=True).copy(), self.var.numpy(force=True).copy(), self.clip, self.epsilon
+        )
 
     def forward(self, obs: Tensor) -> Tensor:
         """Observations (batch, ...) in float32, normalised in double precision as NumPy does it in SB3."""
         x = (obs.double() - self.mean) / torch.sqrt(self.var + self.epsilon)
         return x.clamp(-self.clip, self.clip).float()
+
+
+class DictNormalizer(nn.Module):
+    """A `Normalizer` for each of some ``keys`` of Dict observations; the other parts are left as they are."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], clip: float, epsilon: float) -> None:
+        super().__init__()
+        self.clip, self.epsilon = clip, epsilon
+        self.parts = nn.ModuleDict({key: Normalizer(shape, clip, epsilon) for key, shape in shapes.items()})
+
+    @property
+    def statistics(self) -> Statistics:
+        """The statistics that it normalises by."""
+        each = {key: part.statistics for key, part in self.parts.items()}
+        mean, var = ({key: getattr(one, name) for key, one in each.items()} for name in ("mean", "var"))
+        return Statistics(mean, var, self.clip, self.epsilon)
+
+    def forward(self, obs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {key: self.parts[key](part) if key in self.parts else part for key, part in obs.items()}
+
+
+AnyNormalizer = Normalizer | DictNormalizer
+
+
+def normalizer_of(statistics: Statistics) -> AnyNormalizer:
+    """The normaliser of these statistics."""
+    mean, var, options = statistics.mean, statistics.var, (statistics.clip, statistics.epsilon)
+    if isinstance(mean, dict):
+        assert isinstance(var, dict)
+        whole = DictNormalizer({key: value.shape for key, value in mean.items()}, *options)
+        for key, part in whole.parts.items():
+            part.load_state_dict(_tensors(mean[key], var[key]))
+        return whole
+    assert not isinstance(var, dict)
+    normalizer = Normalizer(mean.shape, *options)
+    normalizer.load_state_dict(_tensors(mean, var))
+    return normalizer
+
+
+def _tensors(mean: np.ndarray, var: np.ndarray) -> dict[str, Tensor]:
+    return {"mean": torch.as_tensor(mean), "var": torch.as_tensor(var)}
 
 
 def _event_driven(network: nn.Module) -> EventDriven | None:
@@ -83,6 +126,8 @@ def _event_driven(network: nn.Module) -> EventDriven | None:
 class StatefulNetwork:
     """Runs ``network`` on observations, frame by frame or in sequence, with the state passed in and out.
 
+    Dict observations are passed as the bytes (..., size) of a `FlatDict`, which `as_tensor` makes of them.
+
     A part of modules that have an ``observation_space`` (of one observation, as it comes from the environment) and
     ``normalize_images`` (divide pixels by 255, as in SB3).
     """
@@ -91,10 +136,12 @@ class StatefulNetwork:
     normalize_images: bool
     network: nn.Module  # a `SpikingNetwork`, or an ordinary one, whose state is empty
     persistent: bool  # carry the membranes from frame to frame; otherwise they are cleared before every frame
-    normalizer: Normalizer | None  # applied to each observation before the first synapse
+    normalizer: AnyNormalizer | None  # applied to each observation before the first synapse
+    flat: FlatDict | None  # where observations are dicts
 
-    def _hold(self, network: nn.Module, persistent: bool, normalizer: Normalizer | None = None) -> None:
+    def _hold(self, network: nn.Module, persistent: bool, normalizer: AnyNormalizer | None = None) -> None:
         self.network, self.persistent, self.normalizer = network, persistent, normalizer
+        self.flat = flat_dict(self.observation_space)
         self._events = _event_driven(network)
 
     @property
@@ -150,8 +197,19 @@ class StatefulNetwork:
             out, new_state = self.forward(obs, carries, starts)
         return out.cpu().numpy(), tuple(carry.cpu().numpy() for carry in new_state)
 
+    def as_tensor(self, obs: np.ndarray | dict[str, np.ndarray]) -> Tensor:
+        """A batch of observations, as an environment gives them, as a tensor on the network's device."""
+        array = obs if self.flat is None else self.flat.encode(obs)  # type: ignore[arg-type]
+        return torch.as_tensor(array, device=next(self.network.parameters()).device)
+
     def preprocess(self, obs: Tensor) -> Tensor:
         """Observations (batch, ...) as the first synapse takes them."""
+        if self.flat is not None:
+            parts = self.flat.decode(obs)
+            if self.normalizer is not None:
+                parts = self.normalizer(parts)
+            parts = preprocess_obs(parts, self.observation_space, normalize_images=self.normalize_images)  # type: ignore[assignment]
+            return side_by_side(parts)
         if obs.dim() == 4:  # what convolutions here walk fastest; cheapest while a pixel is a byte
             obs = obs.contiguous(memory_format=torch.channels_last)
         if self.normalizer is not None:
@@ -181,7 +239,7 @@ class ActorNetwork(StatefulNetwork, nn.Module):
         leak: float = DEFAULT_LEAK,
         leak_reset: bool = False,
         persistent: bool = True,
-        normalizer: Normalizer | None = None,
+        normalizer: AnyNormalizer | None = None,
     ) -> None:
         nn.Module.__init__(self)
         self.observation_space, self.normalize_images = observation_space, normalize_images

@@ -9,7 +9,12 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor, NatureCNN
+from stable_baselines3.common.torch_layers import (
+    BaseFeaturesExtractor,
+    CombinedExtractor,
+    FlattenExtractor,
+    NatureCNN,
+)
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
 from torch import Tensor, nn
@@ -17,7 +22,7 @@ from torch import Tensor, nn
 from snn_rl.core.convert import DEFAULT_LEAK, spiking_architecture
 from snn_rl.core.network import SpikingNetwork
 from snn_rl.rl.heads import Head, head_of
-from snn_rl.rl.network import ActorNetwork, Normalizer, NumpyState, StatefulNetwork, layers_of, numpy_state
+from snn_rl.rl.network import ActorNetwork, NumpyState, StatefulNetwork, layers_of, normalizer_of, numpy_state
 from snn_rl.rl.statistics import Statistics
 
 
@@ -46,6 +51,13 @@ def check_forwards(policy: DQNPolicy) -> None:
                 )
 
 
+def _encoded(net: StatefulNetwork, observation: PyTorchObs) -> Tensor:
+    """A batch of observations, as SB3's policies take them, as ``net`` does."""
+    if isinstance(observation, Tensor):
+        return observation
+    return net.as_tensor({key: part.cpu().numpy() for key, part in observation.items()})
+
+
 class StatefulPolicy(BasePolicy):
     """What policies with a `StatefulNetwork` share: acting with the state passed in and out."""
 
@@ -66,6 +78,9 @@ class StatefulPolicy(BasePolicy):
                 "the observation is a tuple: a gymnasium environment's reset() returns (observation, info), "
                 "pass the observation alone"
             )
+        if self.net.flat is not None:
+            batch, vectorized = self.net.flat.batch(observation)  # type: ignore[arg-type]
+            return self.net.as_tensor(batch), vectorized
         obs, vectorized = self.obs_to_tensor(observation)
         assert isinstance(obs, Tensor)
         return obs, vectorized
@@ -167,7 +182,6 @@ class AgentPolicy(StatefulPolicy):
             "leak": leak,
             "leak_reset": leak_reset,
             "persistent": persistent,
-            "statistics": statistics,
         }
         self.net: ActorNetwork = ActorNetwork(
             observation_space,
@@ -179,19 +193,20 @@ class AgentPolicy(StatefulPolicy):
             leak,
             leak_reset,
             persistent,
-            None if statistics is None else Normalizer.of(statistics),
+            None if statistics is None else normalizer_of(statistics),
         )
         self.optimizer = self.optimizer_class(self.net.network.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
 
     @property
     def statistics(self) -> Statistics | None:
         """By which observations are normalised, None where they are not."""
-        return self.agent_kwargs["statistics"]
+        return None if self.net.normalizer is None else self.net.normalizer.statistics
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {
             **super()._get_constructor_parameters(),
             **self.agent_kwargs,
+            "statistics": self.statistics,
             "lr_schedule": lambda _: 0.0,  # a loaded policy is run, not trained
             "features_extractor_class": self.features_extractor_class,
             "features_extractor_kwargs": self.features_extractor_kwargs,
@@ -203,8 +218,7 @@ class AgentPolicy(StatefulPolicy):
         return self._predict(obs, deterministic)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = True) -> Tensor:
-        assert isinstance(observation, Tensor)
-        out, _ = self.net(observation)
+        out, _ = self.net(_encoded(self.net, observation))
         return torch.as_tensor(self.head.actions(out.detach().cpu().numpy()), device=self.device)
 
 
@@ -263,8 +277,7 @@ class SpikingQNetwork(StatefulNetwork, QNetwork):  # type: ignore[misc]
         }  # thresholds and leaks are parameters
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = True) -> Tensor:
-        assert isinstance(observation, Tensor)
-        return StatefulNetwork.forward(self, observation)[0].argmax(dim=1)
+        return StatefulNetwork.forward(self, _encoded(self, observation))[0].argmax(dim=1)
 
 
 class SpikingDQNPolicy(StatefulPolicy, DQNPolicy):
@@ -357,6 +370,24 @@ class CnnPolicy(SpikingDQNPolicy):
         net_arch: list[int] | None = None,
         activation_fn: type[nn.Module] = nn.ReLU,
         features_extractor_class: type[BaseFeaturesExtractor] = NatureCNN,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            observation_space, action_space, lr_schedule, net_arch, activation_fn, features_extractor_class, **kwargs
+        )
+
+
+class MultiInputPolicy(SpikingDQNPolicy):
+    """`SpikingDQNPolicy` for Dict observations: ``CombinedExtractor`` unless ``features_extractor_class`` differs."""
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Discrete,
+        lr_schedule: Schedule,
+        net_arch: list[int] | None = None,
+        activation_fn: type[nn.Module] = nn.ReLU,
+        features_extractor_class: type[BaseFeaturesExtractor] = CombinedExtractor,
         **kwargs: Any,
     ) -> None:
         super().__init__(

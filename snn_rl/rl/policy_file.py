@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,12 @@ import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor, NatureCNN
+from stable_baselines3.common.torch_layers import (
+    BaseFeaturesExtractor,
+    CombinedExtractor,
+    FlattenExtractor,
+    NatureCNN,
+)
 from stable_baselines3.dqn.policies import DQNPolicy
 from torch import nn
 
@@ -24,9 +30,9 @@ from snn_rl.base.weights_file import MAX_TIMESTEPS, check_fits, read_weights, wr
 from snn_rl.rl.actor import actor_of
 from snn_rl.rl.features import ConvExtractor
 from snn_rl.rl.heads import HEADS, head_of, kind_of
-from snn_rl.rl.network import ActorNetwork, Normalizer, NumpyState
+from snn_rl.rl.network import ActorNetwork, NumpyState, normalizer_of
 from snn_rl.rl.policy import AgentPolicy, SpikingDQNPolicy, check_forwards
-from snn_rl.rl.spaces import in_one_line
+from snn_rl.rl.spaces import check_observation_space, in_one_line
 from snn_rl.rl.statistics import Statistics
 from snn_rl.rl.teacher import statistics_of
 
@@ -35,6 +41,7 @@ EXTRACTORS: dict[str, type[BaseFeaturesExtractor]] = {
     "FlattenExtractor": FlattenExtractor,
     "NatureCNN": NatureCNN,
     "ConvExtractor": ConvExtractor,
+    "CombinedExtractor": CombinedExtractor,
 }
 
 
@@ -130,7 +137,7 @@ def _described(agent: BaseAlgorithm | BasePolicy | LoadedPolicy) -> tuple[nn.Mod
     if isinstance(policy, AgentPolicy):
         net = policy.net
         kwargs: dict[str, Any] = policy.agent_kwargs
-        kind, net_arch, statistics = kwargs["head"], policy.net_arch, kwargs["statistics"]
+        kind, net_arch, statistics = kwargs["head"], policy.net_arch, policy.statistics
         if policy.net.timesteps is not None:
             spiking = {name: kwargs[name] for name in ("timesteps", "leak", "leak_reset", "persistent")}
         extractor_class, extractor_kwargs = policy.features_extractor_class, policy.features_extractor_kwargs
@@ -156,7 +163,7 @@ def _described(agent: BaseAlgorithm | BasePolicy | LoadedPolicy) -> tuple[nn.Mod
             net.network = actor.network
         statistics = statistics_of(agent)
         if statistics is not None:
-            net.normalizer = Normalizer.of(statistics)
+            net.normalizer = normalizer_of(statistics)
     _check_extractor(extractor_class)
     description = {
         "observation_space": _space_to_json(policy.observation_space),
@@ -167,7 +174,7 @@ def _described(agent: BaseAlgorithm | BasePolicy | LoadedPolicy) -> tuple[nn.Mod
         "features_extractor_kwargs": extractor_kwargs,
         "normalize_images": policy.normalize_images,
         "spiking": spiking,
-        "statistics": None if statistics is None else {"clip": statistics.clip, "epsilon": statistics.epsilon},
+        "statistics": None if statistics is None else _statistics_to_json(statistics),
     }
     try:
         description = json.loads(json.dumps(description, default=_number))
@@ -234,7 +241,7 @@ class _Description:
         layers = len(self.net_arch) + len(self.extractor_kwargs.get("convolutions", ()))
         if layers > MAX_LAYERS:
             raise ValueError(f"a policy may have at most {MAX_LAYERS} layers, got {layers}")
-        sizes = [*self.net_arch, self.extractor_kwargs.get("features_dim", 1)]
+        sizes = [*self.net_arch, *(self.extractor_kwargs.get(key, 1) for key in ("features_dim", "cnn_output_dim"))]
         sizes += [size for layer in self.extractor_kwargs.get("convolutions", ()) for size in layer]
         if not all(type(size) is int and size >= 1 for size in sizes):
             raise ValueError(f"the sizes of layers must be integers >= 1, got {sizes}")
@@ -244,12 +251,9 @@ class _Description:
         if metadata["head"] not in HEADS:
             raise ValueError(f"unknown head {metadata['head']!r}, known are {', '.join(HEADS)}")
         self.head = metadata["head"]
-        self.statistics = metadata["statistics"]
-        if self.statistics is not None:
-            for name in ("clip", "epsilon"):
-                value = self.statistics[name]
-                if not isinstance(value, int | float) or not 0 <= value < math.inf:
-                    raise ValueError(f"{name} of the statistics must be a finite number >= 0, got {value!r}")
+        self.statistics = None  # placeholders: their values are among the weights
+        if metadata["statistics"] is not None:
+            self.statistics = _placeholders(metadata["statistics"], self.observation_space)
         if not isinstance(metadata["provenance"], dict):
             raise ValueError(f"provenance must be an object, got {metadata['provenance']!r}")
         self.spiking = metadata["spiking"]
@@ -263,28 +267,17 @@ class _Description:
 
     def net(self) -> ActorNetwork:
         """The network alone, as `policy` builds it."""
-        normalizer = None
-        if self.statistics is not None:
-            assert self.observation_space.shape is not None
-            normalizer = Normalizer(self.observation_space.shape, self.statistics["clip"], self.statistics["epsilon"])
         return ActorNetwork(
             self.observation_space,
             head_of(self.head, self.action_space),
             self.extractor(self.observation_space, **self.extractor_kwargs),
             self.net_arch,
             self.normalize_images,
-            normalizer=normalizer,
+            normalizer=None if self.statistics is None else normalizer_of(self.statistics),
             **(self.spiking or {}),
         )
 
     def policy(self) -> AgentPolicy:
-        statistics = None
-        if self.statistics is not None:  # their values are among the weights
-            assert self.observation_space.shape is not None
-            shape = self.observation_space.shape
-            statistics = Statistics(
-                np.zeros(shape), np.ones(shape), self.statistics["clip"], self.statistics["epsilon"]
-            )
         return AgentPolicy(
             self.observation_space,
             self.action_space,
@@ -294,13 +287,35 @@ class _Description:
             features_extractor_class=self.extractor,
             features_extractor_kwargs=self.extractor_kwargs,
             normalize_images=self.normalize_images,
-            statistics=statistics,
+            statistics=self.statistics,
             **(self.spiking or {}),
         )
 
 
 def _no_schedule(_: float) -> float:
     return 0.0  # a loaded policy is run, not trained
+
+
+def _statistics_to_json(statistics: Statistics) -> dict[str, Any]:
+    described: dict[str, Any] = {"clip": statistics.clip, "epsilon": statistics.epsilon}
+    return {**described, "keys": list(statistics.mean)} if isinstance(statistics.mean, dict) else described
+
+
+def _placeholders(value: dict[str, Any], space: spaces.Space) -> Statistics:
+    """Statistics of the shapes that a file's have."""
+    for name in ("clip", "epsilon"):
+        number = value[name]
+        if not isinstance(number, int | float) or not 0 <= number < math.inf:
+            raise ValueError(f"{name} of the statistics must be a finite number >= 0, got {number!r}")
+    options = value["clip"], value["epsilon"]
+    if isinstance(space, spaces.Dict):
+        shapes = {str(key): space[key].shape or () for key in value["keys"]}
+        mean, var = ({key: of(shape) for key, shape in shapes.items()} for of in (np.zeros, np.ones))
+        statistics = Statistics(mean, var, *options)
+    else:
+        statistics = Statistics(np.zeros(space.shape or ()), np.ones(space.shape or ()), *options)
+    statistics.check_space(space)
+    return statistics
 
 
 def _space_to_json(space: spaces.Space) -> dict[str, Any]:
@@ -313,15 +328,20 @@ def _space_to_json(space: spaces.Space) -> dict[str, Any]:
             raise ValueError(f"a policy file knows MultiDiscrete spaces of one axis, from 0 on, not {space}")
         return {"type": "MultiDiscrete", "nvec": space.nvec.tolist()}
     if isinstance(space, spaces.MultiBinary):
-        return {"type": "MultiBinary", "n": space.n if isinstance(space.n, int) else list(space.n)}
+        # of 4 bits and of shape (4,) are not equal to gymnasium
+        return {"type": "MultiBinary", "shape": space.n if isinstance(space.n, int) else list(space.shape)}
     if isinstance(space, spaces.Box):
         low, high = (
             bound.flat[0].item() if bound.size and (bound == bound.flat[0]).all() else bound.tolist()
             for bound in (space.low, space.high)
         )
         return {"type": "Box", "low": low, "high": high, "shape": list(space.shape), "dtype": str(space.dtype)}
+    if isinstance(space, spaces.Dict):
+        if nested := [key for key, part in space.spaces.items() if isinstance(part, spaces.Dict)]:
+            raise ValueError(f"a policy file knows no Dict in a Dict, got {nested}; flatten it")
+        return {"type": "Dict", "spaces": [[key, _space_to_json(part)] for key, part in space.spaces.items()]}
     raise ValueError(
-        "a policy file knows Box, Discrete, MultiDiscrete and MultiBinary spaces, not "
+        "a policy file knows Box, Discrete, MultiDiscrete, MultiBinary and Dict spaces, not "
         f"{' '.join(str(space).split())}; keep model.zip"
     )
 
@@ -336,9 +356,8 @@ def _space_from_json(value: dict[str, Any]) -> spaces.Space:
             raise ValueError(f"the number of components must lie in [1, {MAX_ACTIONS}], got {len(nvec)}")
         return spaces.MultiDiscrete(nvec)
     if kind == "MultiBinary":
-        n = value["n"]  # 3 and (3,) are not the same space
-        shape = _shape({"shape": [n] if isinstance(n, int) else n})
-        return spaces.MultiBinary(shape[0] if isinstance(n, int) else shape)
+        n = value["shape"]
+        return spaces.MultiBinary(*_shape({"shape": [n]}) if isinstance(n, int) else [_shape(value)])
     if kind == "Box":
         shape, dtype = _shape(value), np.dtype(str(value["dtype"]))
         if dtype.kind not in "uifb":
@@ -346,6 +365,17 @@ def _space_from_json(value: dict[str, Any]) -> spaces.Space:
         with np.errstate(over="raise"):
             low, high = (np.broadcast_to(np.asarray(value[key], dtype=dtype), shape) for key in ("low", "high"))
         return spaces.Box(low, high, shape, dtype=dtype.type)
+    if kind == "Dict":
+        parts = {str(key): part for key, part in value["spaces"]}
+        if not 1 <= len(parts) <= MAX_LAYERS or len(parts) < len(value["spaces"]):
+            raise ValueError(f"a Dict must have 1 to {MAX_LAYERS} parts, each of its own key, got {len(parts)}")
+        if nested := [key for key, part in parts.items() if part["type"] == "Dict"]:
+            raise ValueError(f"a policy file knows no Dict in a Dict, got {nested}")
+        space = spaces.Dict(OrderedDict((key, _space_from_json(part)) for key, part in parts.items()))  # in this order
+        check_observation_space(space)
+        if (entries := sum(math.prod(part.shape or ()) for part in space.spaces.values())) > MAX_OBSERVATION:
+            raise ValueError(f"an observation must have 1 to {MAX_OBSERVATION:,} entries, got {entries:,}")
+        return space
     raise ValueError(f"unknown space {kind!r}")
 
 

@@ -29,7 +29,7 @@ from snn_rl.rl.policy import StatefulPolicy
 from snn_rl.rl.policy_file import save_policy
 from snn_rl.rl.replay import SequenceReplayBuffer, Windows, frame_stack_of
 from snn_rl.rl.spaces import in_one_line
-from snn_rl.rl.teacher import Player, Teacher, named, normalizes, teacher_of
+from snn_rl.rl.teacher import Observations, Player, Teacher, named, normalizes, teacher_of
 
 SelfLearner = TypeVar("SelfLearner", bound="RecurrentLearner")
 
@@ -110,7 +110,10 @@ class RecurrentLearner(OffPolicyAlgorithm):
     @classmethod
     def _checked_env(cls, env: GymEnv | str, verbose: int) -> VecEnv:
         """The environment as SB3 wraps it (vectorised, images with their channels first), its spaces checked."""
-        env = cls._wrap_env(maybe_make_env(env, verbose), verbose)
+        env = maybe_make_env(env, verbose)
+        if isinstance(env.observation_space, spaces.Dict):  # whose parts SB3's wrappers fail on
+            cls._check_spaces(env.observation_space, env.action_space)
+        env = cls._wrap_env(env, verbose)
         cls._check_spaces(env.observation_space, env.action_space)
         return env
 
@@ -170,7 +173,7 @@ class RecurrentLearner(OffPolicyAlgorithm):
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
         actor: Player = self if self._actor is None else self._actor
-        assert isinstance(self._last_obs, np.ndarray)
+        assert isinstance(self._last_obs, np.ndarray | dict)
         starts, teacher = self._last_episode_starts, self._teacher
         if teacher is not None:
             seen = self._as_seen_by(teacher, self._last_obs)
@@ -189,20 +192,20 @@ class RecurrentLearner(OffPolicyAlgorithm):
         actions = self._explore(actions, 1.0 if self.num_timesteps < learning_starts else exploration_rate(actor))
         return actions, actions
 
-    def _as_seen_by(self, agent: Player, obs: np.ndarray) -> np.ndarray:
-        """The last observations ``obs``; as they were before a ``VecNormalize``, where ``agent`` normalises itself."""
+    def _as_seen_by(self, agent: Player, obs: Observations) -> Observations:
+        """``obs``, the last of a ``VecNormalize``, as they were before it for an agent that normalises them itself."""
         if self._vec_normalize_env is None or not normalizes(agent):
             return obs
         original = self._vec_normalize_env.get_original_obs()
-        assert isinstance(original, np.ndarray)
+        assert isinstance(original, np.ndarray | dict)
         return original
 
     def _greedy(
-        self, actor: Player, obs: np.ndarray, state: Any, episode_start: np.ndarray | None
+        self, actor: Player, obs: Observations, state: Any, episode_start: np.ndarray | None
     ) -> tuple[np.ndarray, Any]:
         """An actor's greedy actions (n_envs, ...), checked before an environment takes them, and its state after."""
         greedy, state = actor.predict(obs, state, episode_start, deterministic=True)
-        return checked_actions(greedy, self.action_space, len(obs), named(actor)), state
+        return checked_actions(greedy, self.action_space, self.n_envs, named(actor)), state
 
     def _store_transition(
         self,
@@ -222,12 +225,12 @@ class RecurrentLearner(OffPolicyAlgorithm):
         self._last_state, self._teacher_state = self._next_state, self._next_teacher_state
         self._last_episode_starts = dones
 
-    def _play(self, actor: Player, steps: int) -> Iterator[np.ndarray]:
+    def _play(self, actor: Player, steps: int) -> Iterator[Observations]:
         """Observations (n_envs, ...) of another agent's epsilon-greedy play, ``steps`` in all, from fresh episodes."""
         assert self.env is not None
         obs, state, episode_start = self.env.reset(), None, np.ones(self.n_envs, dtype=bool)
         for _ in range(-(-steps // self.n_envs)):
-            assert isinstance(obs, np.ndarray)
+            assert isinstance(obs, np.ndarray | dict)
             yield obs
             actions, state = self._greedy(actor, self._as_seen_by(actor, obs), state, episode_start)
             obs, _, episode_start, _ = self.env.step(self._explore(actions, exploration_rate(actor)))
@@ -342,7 +345,12 @@ class RecurrentLearner(OffPolicyAlgorithm):
         return self._captured[1]
 
     def _why_not_finite(self, windows: Windows, loss: float) -> str:
-        for name, values in (("observations", windows.observations), ("rewards", windows.rewards)):
+        observations = windows.observations
+        if (flat := self.net.flat) is not None:
+            observations = torch.cat(
+                [part.double().flatten() for part in flat.decode(observations.flatten(0, 1)).values()]
+            )
+        for name, values in (("observations", observations), ("rewards", windows.rewards)):
             if not torch.isfinite(values).all():
                 return f"the replayed {name} hold NaN or infinity in update {self._n_updates}: repair the environment"
         for name, parameter in self.policy.named_parameters():
@@ -518,6 +526,11 @@ def check_same_spaces(
 
     for name in ("observation_space", "action_space"):
         has, wants = getattr(ours, name), getattr(theirs, name, None)
+        if isinstance(has, spaces.Dict) and has == wants and list(has.spaces) != list(wants.spaces):
+            raise ValueError(
+                f"{we}'s observations are of {list(has.spaces)} in this order, but {they} {list(wants.spaces)}; build "
+                "the Dict as for that agent's training"
+            )
         if wants is None or has == wants:
             continue
         way_out = "build it as for that agent's training"

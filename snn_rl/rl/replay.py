@@ -22,6 +22,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecFrameStack, VecNormalize
 from torch import Tensor
 
+from snn_rl.rl.observations import flat_dict
 from snn_rl.rl.spaces import channels_first, check_action_space, check_observation_space
 
 
@@ -32,13 +33,13 @@ def frame_stack_of(env: VecEnv) -> int:
         if isinstance(inner, VecFrameStack):
             space, stack = inner.observation_space, inner.stacked_obs
             if not isinstance(space, spaces.Box):
-                return 1
+                return 1  # the parts of a Dict are stored whole
             axis = stack.repeat_axis % len(stack.stacked_shape)
             if channels_first(space) is not space:  # SB3 moves the channels of such images from last to first
                 axis = (axis + 1) % 3
             return int(stack.n_stack) if axis == stacking_axis(stack.stacked_shape) else 1
         inner = inner.venv
-    return int(getattr(inner, "frame_stack", 1))
+    return 1 if isinstance(env.observation_space, spaces.Dict) else int(getattr(inner, "frame_stack", 1))
 
 
 def stacking_axis(shape: tuple[int, ...]) -> int:
@@ -49,7 +50,7 @@ def stacking_axis(shape: tuple[int, ...]) -> int:
 class Windows(NamedTuple):
     """Contiguous windows of the timelines, time first; ``length`` slots each."""
 
-    observations: Tensor  # (length, batch, ...)
+    observations: Tensor  # (length, batch, ...), of a Dict space the bytes of a `FlatDict`
     actions: Tensor  # (length, batch, *action_space.shape), int64 of discrete ones; 0 where none was taken
     rewards: Tensor  # (length, batch)
     acted: Tensor  # (length, batch), bool: an action was taken here, so the next slot follows from it
@@ -69,6 +70,8 @@ class SequenceReplayBuffer(ReplayBuffer):
         frame_stack: how many frames an observation stacks along its `stacking_axis`; see `frame_stack_of`.
         n_steps, gamma: of the return that `sample` computes.
         label_size: numbers that a teacher says of an observation, see `label`.
+
+    Dict observations are stored whole, as the bytes of a `FlatDict`, and so are those of `sample_windows`.
 
     Observations are kept unnormalised; samples are normalised by the ``VecNormalize`` passed in, as in SB3.
 
@@ -100,6 +103,11 @@ class SequenceReplayBuffer(ReplayBuffer):
             raise ValueError(f"buffer_size must be at least 2 per environment, got {buffer_size} for {n_envs}")
         if n_steps < 1:
             raise ValueError(f"n_steps must be >= 1, got {n_steps}")
+        self.flat = flat_dict(observation_space)
+        if self.flat is not None:
+            if frame_stack != 1:
+                raise ValueError(f"frame_stack must be 1 for Dict observations, got {frame_stack}")
+            self.obs_shape = (self.flat.size,)
         shape = tuple(self.obs_shape)
         self.axis = stacking_axis(shape)
         if frame_stack < 1 or shape[self.axis] % frame_stack:
@@ -110,7 +118,8 @@ class SequenceReplayBuffer(ReplayBuffer):
         self.optimize_memory_usage = False
         self.handle_timeout_termination = handle_timeout_termination
         slots = (n_envs, self.buffer_size)
-        self.frames = np.zeros((*slots, *frame_shape), dtype=observation_space.dtype)
+        dtype = np.uint8 if self.flat is not None else observation_space.dtype
+        self.frames = np.zeros((*slots, *frame_shape), dtype=dtype)
         assert action_space.shape is not None
         self.action_shape = action_space.shape
         discrete = np.issubdtype(action_space.dtype, np.integer)
@@ -130,8 +139,8 @@ class SequenceReplayBuffer(ReplayBuffer):
 
     def add(
         self,
-        obs: np.ndarray,
-        next_obs: np.ndarray,
+        obs: np.ndarray | dict[str, np.ndarray],
+        next_obs: np.ndarray | dict[str, np.ndarray],
         action: np.ndarray,
         reward: np.ndarray,
         done: np.ndarray,
@@ -143,15 +152,22 @@ class SequenceReplayBuffer(ReplayBuffer):
             ValueError: NaN or infinity from an environment (nothing is stored), or an observation that is no stack.
         """
         shape = (self.n_envs, *self.obs_shape)
-        obs, next_obs = np.asarray(obs).reshape(shape), np.asarray(next_obs).reshape(shape)
         actions, rewards = (
             np.asarray(action).reshape(self.n_envs, *self.action_shape),
             np.asarray(reward).reshape(self.n_envs),
         )
-        for name, values in (("observation", obs), ("observation", next_obs), ("reward", rewards)):
+        checked = [("reward", rewards)]
+        for given in (obs, next_obs):
+            parts = given.items() if isinstance(given, dict) else [("", given)]
+            checked += [(f"observation {key!r}" if key else "observation", np.asarray(part)) for key, part in parts]
+        for name, values in checked:
             if values.dtype.kind == "f" and not np.isfinite(values).all():
                 i = int(np.argwhere(~np.isfinite(values))[0, 0])
                 raise ValueError(f"the {name} of environment {i} holds NaN or infinity: repair the environment")
+        obs, next_obs = (
+            (np.asarray(given) if self.flat is None else self.flat.encode(given)).reshape(shape)  # type: ignore[arg-type]
+            for given in (obs, next_obs)
+        )
         if self.newest is None:
             self.newest = np.empty(shape, dtype=self.frames.dtype)
         for i in range(self.n_envs):
@@ -218,8 +234,15 @@ class SequenceReplayBuffer(ReplayBuffer):
         # the stack goes right before the axis along which frames are concatenated
         stacks = np.moveaxis(stacks, slot.ndim, slot.ndim + self.axis)
         flat = stacks.reshape(-1, *self.obs_shape)
-        observations = torch.as_tensor(self._normalize_obs(flat, normalizer), device=self.device)
+        observations = torch.as_tensor(self._normalised(flat, normalizer), device=self.device)
         return self._fast(observations).reshape(*slot.shape, *self.obs_shape)
+
+    def _normalised(self, observations: np.ndarray, normalizer: VecNormalize | None) -> np.ndarray:
+        """Observations (n, *obs_shape) as ``normalizer`` makes them."""
+        if self.flat is None or normalizer is None:
+            return self._normalize_obs(observations, normalizer)  # type: ignore[return-value]
+        parts = self.flat.decode(torch.from_numpy(observations))
+        return self.flat.encode(normalizer.normalize_obs({key: part.numpy() for key, part in parts.items()}))  # type: ignore[arg-type]
 
     def _stacks(self, env: np.ndarray, start: np.ndarray, length: int) -> Tensor:
         """`_observations` of ``length`` slots in sequence, (length, batch, *obs_shape): each frame is copied once."""
@@ -304,10 +327,11 @@ class SequenceReplayBuffer(ReplayBuffer):
             returns += going * self.gamma**steps * self._rewards(column, here, env)
             terminated |= going & self.terminated[column, here % self.buffer_size]
             steps += going
+        before, after = (self._observations(column, at, env) for at in (slot, slot + steps))
         return ReplayBufferSamples(
-            observations=self._observations(column, slot, env),
+            observations=before if self.flat is None else self.flat.decode(before),  # type: ignore[arg-type]
             actions=self.to_torch(self.slot_actions[column, slot % self.buffer_size].reshape(batch_size, -1)),
-            next_observations=self._observations(column, slot + steps, env),
+            next_observations=after if self.flat is None else self.flat.decode(after),  # type: ignore[arg-type]
             dones=self.to_torch(terminated[:, None].astype(np.float32)),
             rewards=self.to_torch(returns[:, None].astype(np.float32)),
             discounts=self.to_torch((self.gamma**steps)[:, None].astype(np.float32)),

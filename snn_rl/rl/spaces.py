@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
 from stable_baselines3.common.vec_env import VecTransposeImage
+from torch import nn
 
 
 class UnsupportedSpaceError(ValueError, AssertionError):
@@ -16,7 +19,7 @@ def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) ->
     """Check that `SpikingDQN` can learn in these spaces.
 
     Actions must be ``Discrete`` from 0 on. Observations may be ``Box`` of any number type, ``Discrete`` and
-    ``MultiDiscrete`` from 0 on, and ``MultiBinary``.
+    ``MultiDiscrete`` from 0 on, ``MultiBinary``, and a ``Dict`` of these.
 
     Raises:
         UnsupportedSpaceError: any other space, in one line, with the way out.
@@ -61,16 +64,29 @@ def check_action_space(space: spaces.Space) -> None:
 
 def check_observation_space(observation_space: spaces.Space) -> None:
     """Check that an agent can observe this space, as `check_spaces` says. Raises UnsupportedSpaceError."""
-    refused = _why_not_observed(observation_space)
-    if refused is not None:
-        must, way_out = refused
-        raise UnsupportedSpaceError(f"observations must {must}, got {in_one_line(observation_space)}; {way_out}")
+    is_dict = isinstance(observation_space, spaces.Dict)
+    parts = observation_space.spaces if is_dict else {"": observation_space}  # type: ignore[attr-defined]
+    if not parts:
+        raise UnsupportedSpaceError("observations must have a part, got an empty Dict; the agent cannot learn from it")
+    for key, part in parts.items():
+        refused = _why_not_observed(part)
+        if refused is not None:
+            must, way_out = refused
+            what = "observations"
+            if is_dict:
+                what, way_out = f"the observations {key!r}", "change that part in a gymnasium.ObservationWrapper"
+            raise UnsupportedSpaceError(f"{what} must {must}, got {in_one_line(part)}; {way_out}")
+        if is_dict and (not key or "." in key or hasattr(nn.ModuleDict(), key)):  # of which SB3 makes names of layers
+            raise UnsupportedSpaceError(
+                f"the observations {key!r} must have another key: PyTorch takes no layers of that name; rename them in "
+                "a gymnasium.ObservationWrapper"
+            )
 
 
 def _why_not_observed(space: spaces.Space) -> tuple[str, str] | None:
     """What the observations must be, and the way there."""
     if isinstance(space, spaces.Dict):
-        return "not be a Dict", "flatten them with gymnasium.wrappers.FlattenObservation"
+        return "not be a Dict in a Dict", ""
     if isinstance(space, spaces.Box):
         if not space.shape:
             return "have an axis", "wrap the environment in gymnasium.wrappers.ReshapeObservation, with shape (1,)"
@@ -88,6 +104,10 @@ def _why_not_observed(space: spaces.Space) -> tuple[str, str] | None:
 
 def channels_first(space: spaces.Space) -> spaces.Space:
     """The observation space that SB3's algorithms see: they transpose images whose channels are last."""
+    if isinstance(space, spaces.Dict):  # a new one might sort its keys, whose order is that of the network's inputs
+        transposed = copy.copy(space)
+        transposed.spaces = {key: channels_first(part) for key, part in space.spaces.items()}
+        return transposed
     if is_image_space(space) and not is_image_space_channels_first(space):  # type: ignore[arg-type]
         return VecTransposeImage.transpose_space(space)  # type: ignore[arg-type]
     return space

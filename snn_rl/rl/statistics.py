@@ -10,13 +10,15 @@ import io
 import pickle
 import re
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from gymnasium import spaces
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.running_mean_std import RunningMeanStd
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from snn_rl.core.plain import first_line
 from snn_rl.rl.spaces import in_one_line
@@ -66,6 +68,18 @@ class Statistics:
             mean, var = rms.mean.copy(), rms.var.copy()
         return cls(mean, var, vec_normalize.clip_obs, vec_normalize.epsilon)
 
+    def around(self, env: VecEnv) -> VecNormalize:
+        """``env`` in a ``VecNormalize`` of these statistics, which no longer change; rewards are as they are."""
+        by_key = isinstance(self.mean, dict)
+        keys = list(self.mean) if by_key else None
+        options: dict[str, Any] = {"clip_obs": self.clip, "epsilon": self.epsilon, "norm_obs_keys": keys}
+        made = VecNormalize(env, training=False, norm_reward=False, **options)
+        all_rms = made.obs_rms if by_key else {"": made.obs_rms}
+        for key, mean in _by_key(self.mean).items():
+            rms: RunningMeanStd = all_rms[key]  # type: ignore[assignment]
+            rms.mean, rms.var, rms.count = mean.copy(), _by_key(self.var)[key].copy(), 1.0
+        return made
+
     def normalize(self, obs: Any) -> Any:
         """Observations (..., *shape) as ``VecNormalize.normalize_obs`` returns them, in float32, to the bit.
 
@@ -96,6 +110,21 @@ class Statistics:
                     f"the statistics{of} are of shape {shape}, the observations of {parts[key].shape} "
                     f"({in_one_line(parts[key])})"
                 )
+
+
+def copy_statistics(source: VecNormalize, target: VecNormalize) -> None:
+    """Give ``target`` the statistics of ``source``, of observations and of rewards, and their counts."""
+    if source.norm_obs:
+        target.obs_rms = deepcopy(source.obs_rms)
+    target.ret_rms = deepcopy(source.ret_rms)
+
+
+def frozen(source: VecNormalize, env: VecEnv) -> VecNormalize:
+    """``env`` in a ``VecNormalize`` of the present statistics of ``source``; rewards are as they are."""
+    options = {name: getattr(source, name) for name in ("norm_obs", "clip_obs", "epsilon", "norm_obs_keys")}
+    made = VecNormalize(env, training=False, norm_reward=False, **options)
+    copy_statistics(source, made)
+    return made
 
 
 def read_vecnormalize(path: Path | str, observation_space: spaces.Space) -> Statistics | None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import is_image_space
-from stable_baselines3.common.torch_layers import NatureCNN
+from stable_baselines3.common.torch_layers import CombinedExtractor, NatureCNN
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from torch import Tensor
@@ -21,7 +21,7 @@ from snn_rl.rl.recurrent import SPIKES_EVERY, RecurrentLearner, check_same_space
 from snn_rl.rl.replay import SequenceReplayBuffer, Windows
 from snn_rl.rl.spaces import check_action_space, check_observation_space
 from snn_rl.rl.starts import convert_into, spread_into
-from snn_rl.rl.teacher import StackedTeacher, named, teacher_of
+from snn_rl.rl.teacher import StackedTeacher, Teacher, named, teacher_of
 
 SelfStudent = TypeVar("SelfStudent", bound="Student")
 
@@ -123,8 +123,8 @@ class Student(RecurrentLearner):
         normalize = unwrap_vec_normalize(env)
         if normalize is not None and normalize.norm_obs:
             raise ValueError(
-                "a Student takes observations as the environment gives them: its policy holds the statistics of its "
-                "teacher; take VecNormalize off"
+                "a Student takes observations as the environment gives them, and its policy holds the statistics of "
+                "its teacher; take VecNormalize off"
             )
         return env
 
@@ -158,11 +158,18 @@ class Student(RecurrentLearner):
         teacher: object,
         env: GymEnv | str,
         net_arch: Sequence[int] = (256, 256),
+        timesteps: int | None = None,
         *,
+        calibration_steps: int = 1000,
         policy_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> SelfStudent:
-        """An ordinary network of ReLUs with new weights, to be taught by a ``teacher`` whose own does not convert.
+        """A network with new weights, to be taught by a ``teacher`` whose own does not convert.
+
+        Without ``timesteps`` it is an ordinary one of ReLUs, which `from_ann` converts once it has learnt. With
+        ``timesteps`` it spikes from the start, and its first synapse is drawn so that its neurons can remember
+        (`snn_rl.core.spread`): for a student that has to remember what its teacher sees. ``calibration_steps`` of the
+        teacher's play say what that sees.
 
         ``kwargs`` are this class's own arguments. The teacher is set.
 
@@ -176,13 +183,25 @@ class Student(RecurrentLearner):
             "head": kind_of(taught_by.head),
             "net_arch": list(net_arch),
             "statistics": taught_by.statistics,
+            "timesteps": timesteps,
             **(policy_kwargs or {}),
         }
         if is_image_space(env.observation_space):
             options.setdefault("features_extractor_class", NatureCNN)
-        model = cls(AgentPolicy, env, policy_kwargs=options, **{"sequence_length": 1, "burn_in": 0, **kwargs})
+        elif isinstance(env.observation_space, spaces.Dict):
+            options.setdefault("features_extractor_class", CombinedExtractor)
+        if timesteps is None:
+            kwargs = {"sequence_length": 1, "burn_in": 0, **kwargs}
+        model = cls(AgentPolicy, env, policy_kwargs=options, **kwargs)
+        if timesteps is not None:
+            spread_into(model.net, model._calibration(taught_by, calibration_steps))
         model.teacher = taught_by
         return model
+
+    def _calibration(self, teacher: Teacher, steps: int) -> Iterator[Tensor]:
+        """Preprocessed observations of a teacher's play."""
+        for obs in self._play(teacher, steps):
+            yield self.net.preprocess(self.net.as_tensor(obs))
 
     @classmethod
     def from_ann(
@@ -237,10 +256,7 @@ class Student(RecurrentLearner):
             **(policy_kwargs or {}),
         }
         model = cls(AgentPolicy, env, policy_kwargs=options, **kwargs)
-        batches = (
-            model.net.preprocess(torch.as_tensor(obs, device=model.device))
-            for obs in model._play(taught_by, calibration_steps)
-        )
+        batches = model._calibration(taught_by, calibration_steps)
         if source is not taught_by:
             spread_into(model.net, batches)
         else:

@@ -11,6 +11,7 @@ from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import maybe_transpose, preprocess_obs
+from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecNormalize
 from stable_baselines3.dqn.policies import DQNPolicy
 from torch import nn
@@ -22,13 +23,15 @@ from snn_rl.rl.replay import stacking_axis
 from snn_rl.rl.spaces import UnsupportedSpaceError, channels_first, in_one_line
 from snn_rl.rl.statistics import Statistics
 
+Observations = np.ndarray | dict[str, np.ndarray]  # (n_envs, ...), or those of each key of a Dict space
+
 
 class Player(Protocol):
     """Whatever has the ``predict`` of SB3's algorithms: these, a `LoadedPolicy`, a `Teacher`, or your own."""
 
     def predict(
         self,
-        observation: np.ndarray,
+        observation: Observations,
         state: Any = None,
         episode_start: np.ndarray | None = None,
         deterministic: bool = False,
@@ -57,7 +60,7 @@ class Teacher(ABC):
 
     @abstractmethod
     def label(
-        self, observation: np.ndarray, state: Any = None, episode_start: np.ndarray | None = None
+        self, observation: Observations, state: Any = None, episode_start: np.ndarray | None = None
     ) -> tuple[np.ndarray, Any]:
         """Outputs (n_envs, head.size), as its ``head`` reads them, and the state that the next call gets.
 
@@ -66,7 +69,7 @@ class Teacher(ABC):
 
     def predict(
         self,
-        observation: np.ndarray,
+        observation: Observations,
         state: Any = None,
         episode_start: np.ndarray | None = None,
         deterministic: bool = True,
@@ -98,11 +101,11 @@ class PolicyTeacher(Teacher):
             self.head = head_of("values", policy.action_space)
 
     def label(
-        self, observation: np.ndarray, state: Any = None, episode_start: np.ndarray | None = None
+        self, observation: Observations, state: Any = None, episode_start: np.ndarray | None = None
     ) -> tuple[np.ndarray, Any]:
         if self.statistics is not None:
             observation = self.statistics.normalize(observation)
-        obs = torch.as_tensor(observation, device=self.policy.device)
+        obs = obs_as_tensor(observation, self.policy.device)
         with torch.no_grad():
             if self.actor is None:
                 self.policy.set_training_mode(False)  # as it was evaluated: a loaded agent is in training mode
@@ -122,7 +125,7 @@ class RecurrentTeacher(Teacher):
         self.observation_space, self.action_space = policy.observation_space, policy.action_space
 
     def label(
-        self, observation: np.ndarray, state: Any = None, episode_start: np.ndarray | None = None
+        self, observation: Observations, state: Any = None, episode_start: np.ndarray | None = None
     ) -> tuple[np.ndarray, Any]:
         if self.statistics is not None:
             observation = self.statistics.normalize(observation)
@@ -150,7 +153,7 @@ class StatefulTeacher(Teacher):
         return self.policy.net.normalizer is not None
 
     def label(
-        self, observation: np.ndarray, state: Any = None, episode_start: np.ndarray | None = None
+        self, observation: Observations, state: Any = None, episode_start: np.ndarray | None = None
     ) -> tuple[np.ndarray, Any]:
         out, state, _ = self.policy.outputs(observation, state, episode_start)
         return out, state
@@ -204,13 +207,14 @@ class StackedTeacher(Teacher):
         return self.teacher.normalizes
 
     def label(
-        self, observation: np.ndarray, state: Any = None, episode_start: np.ndarray | None = None
+        self, observation: Observations, state: Any = None, episode_start: np.ndarray | None = None
     ) -> tuple[np.ndarray, Any]:
         """As `Teacher.label`, for single frames. The state holds the stack that the frames have been pushed onto.
 
         Raises:
             ValueError: observations that are no batch of single frames.
         """
+        assert isinstance(observation, np.ndarray)
         shape, observation = observation.shape, maybe_transpose(observation, self.observation_space)
         if observation.shape[1:] != self.observation_space.shape:
             wanted = ", ".join(map(str, ("n_envs", *(self.observation_space.shape or ()))))

@@ -11,7 +11,8 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
 from snn_rl.rl.spaces import in_one_line
-from snn_rl.rl.teacher import Teacher, teacher_of
+from snn_rl.rl.statistics import Statistics
+from snn_rl.rl.teacher import Observations, Teacher, teacher_of
 
 
 class PartialObservation(VecEnvWrapper):
@@ -70,15 +71,20 @@ class WholeObservationTeacher(Teacher):
             raise ValueError(f"the teacher sees {sees}, the environment is {in_one_line(whole)}")
         self.observation_space, self.action_space = env.observation_space, self.teacher.action_space
         self.head, self.exploration_rate = self.teacher.head, self.teacher.exploration_rate
+        whole_statistics = self.teacher.statistics
+        if whole_statistics is not None:  # a student normalises what it sees as its teacher does
+            mean, var = (np.asarray(value)[env.entries] for value in (whole_statistics.mean, whole_statistics.var))
+            self.statistics = Statistics(mean, var, whole_statistics.clip, whole_statistics.epsilon)
 
     @property
     def normalizes(self) -> bool:
         return True  # it takes what `env` gave out
 
     def label(
-        self, observation: np.ndarray, state: Any = None, episode_start: np.ndarray | None = None
+        self, observation: Observations, state: Any = None, episode_start: np.ndarray | None = None
     ) -> tuple[np.ndarray, Any]:
         whole = self.env.whole
-        if whole is None or not np.array_equal(whole[:, self.env.entries], observation):
+        is_array = isinstance(observation, np.ndarray)
+        if whole is None or not (is_array and np.array_equal(whole[:, self.env.entries], observation)):  # type: ignore[arg-type]
             raise ValueError("the observations are not those that the teacher's environment gave out last")
         return self.teacher.label(whole, state, episode_start)

@@ -8,7 +8,6 @@ nor the Python that wrote the file is needed.
 
 from __future__ import annotations
 
-import copy
 import importlib
 import io
 import json
@@ -149,7 +148,7 @@ def read_zip(
         raise ValueError(f"algo must be one of {', '.join(sorted(ALGORITHMS))}, got {algo!r}")
     try:
         data, weights = _read(path)
-        agent = _Agent(data, _modern(weights), _transposed(observation_space), action_space)
+        agent = _Agent(data, _modern(weights), channels_first(observation_space), action_space)
         name = agent.algorithm(algo)
         policy = agent.build()
     except UnsupportedSpaceError as error:
@@ -249,15 +248,6 @@ def _modern(weights: Weights) -> Weights:
 
 def _critic(weights: Iterable[str]) -> bool:
     return "value_net.weight" in weights
-
-
-def _transposed(space: spaces.Space) -> spaces.Space:
-    """The observation space that SB3's algorithms see."""
-    if isinstance(space, spaces.Dict):  # a new one might sort its keys, and they are concatenated in their order
-        transposed = copy.copy(space)
-        transposed.spaces = type(space.spaces)((key, channels_first(part)) for key, part in space.spaces.items())
-        return transposed
-    return channels_first(space)
 
 
 # --- the agent ----------------------------------------------------------------------------------------------------

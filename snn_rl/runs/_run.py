@@ -11,9 +11,14 @@ from stable_baselines3 import DQN
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
+from snn_rl.base.files import atomic
 from snn_rl.base.progress import one_line
+from snn_rl.rl.environments import without_normalization
 from snn_rl.rl.evaluation import Agent, Evaluation, evaluate
+from snn_rl.rl.heads import QValues
+from snn_rl.rl.preferences import as_preferences
 from snn_rl.rl.restarts import RestartingVecEnv
+from snn_rl.rl.statistics import read_vecnormalize
 from snn_rl.rl.teacher import Teacher, teacher_of
 from snn_rl.runs import task
 from snn_rl.runs.given import Given
@@ -23,6 +28,7 @@ from snn_rl.runs.stages import Stage
 MODEL = "model.zip"
 BEST = "best.zip"  # the best checkpoint on validation episodes so far
 CHECKPOINT = "checkpoint.zip"
+NORMALIZATION = "vecnormalize.pkl"
 
 
 @dataclass(frozen=True)
@@ -35,10 +41,14 @@ class Run(task.Run):
     memory_fields = "buffer_size, batch_size or num_envs"
 
     def env(self, stage: Stage, num_envs: int, seeds_from: int) -> VecEnv:
-        return self.recipe.build_env(num_envs, seeds_from + self.first_seed, **self.env_kwargs(stage))
+        return without_normalization(self.normalized_env(stage, num_envs, seeds_from))
+
+    def normalized_env(self, stage: Stage, num_envs: int, seeds_from: int) -> VecEnv:
+        """As `env`, inside the recipe's ``VecNormalize``, where it has one."""
+        return self.recipe.build_training_env(num_envs, seeds_from + self.first_seed, **self.env_kwargs(stage))
 
     def training_env(self, stage: Stage) -> VecEnv:
-        """Of a stage's training: all of its environments."""
+        """Of a stage's training: all of its environments, without a ``VecNormalize``."""
         return self.env(stage, self.recipe.num_envs, 0) if stage.timesteps is None else self.student_env(stage)
 
     def student_env(self, stage: Stage) -> VecEnv:
@@ -62,12 +72,26 @@ class Run(task.Run):
         """What the ANN stage has trained."""
         ann = self.load(DQN, self.directory / "ann" / MODEL)
         assert isinstance(ann, DQN)
+        if self.normalization.is_file():
+            ann.statistics = read_vecnormalize(self.normalization, ann.observation_space)  # type: ignore[attr-defined]
         return ann
+
+    @property
+    def normalization(self) -> Path:
+        """What the ``VecNormalize`` of the ANN's training has saved, where it had one."""
+        return self.directory / "ann" / NORMALIZATION
 
     def teacher(self, env: VecEnv) -> Teacher:
         """Who labels what is played in ``env``, a stage's environment: the ANN, or the agent that was given."""
         if self.given is not None:
-            return self.given.load(env, self.device)
+            teacher = self.given.load(env, self.device)
+            if not isinstance(teacher.head, QValues):
+                return teacher
+            played_in = self.recipe.build_env(self.recipe.num_envs, self.first_seed)  # the same play at every stage
+            try:
+                return as_preferences(teacher, played_in)
+            finally:
+                played_in.close()
         return teacher_of(self.ann(), env.observation_space)
 
     def is_taught(self, stage: str) -> bool:
@@ -99,6 +123,16 @@ class History(task.History):
     curve: dict[str, list[float]] = field(default_factory=lambda: {"env_steps": [], "returns": []})
     extra_steps: int = 0  # environment steps of the parent's play that the replay holds
     extra_updates: int = 0
+
+
+def save_model(model: OffPolicyAlgorithm, path: Path) -> None:
+    """Write a model that a run goes on from, with the present statistics of its ``VecNormalize``.
+
+    They are in the same file as the weights that they belong to, so that a kill cannot part them. A finished stage's
+    model is without them, as SB3 saves it.
+    """
+    with atomic(path) as temporary:
+        model.save(temporary, include=["_vec_normalize_env"])
 
 
 def channels_last(model: Learner) -> Learner:

@@ -10,9 +10,10 @@ import gymnasium as gym
 import torch
 from gymnasium import spaces
 from stable_baselines3 import DQN
-from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
 
 from snn_rl.rl import ConvExtractor
+from snn_rl.rl.environments import without_normalization
 from snn_rl.rl.evaluation import is_monitored
 from snn_rl.rl.policy_file import check_space
 from snn_rl.rl.spaces import check_spaces, in_one_line
@@ -75,7 +76,7 @@ class AgentTask(Task):
 
     def check(self) -> dict[str, str]:
         run, stages, recipe = self.run, self.stages, self.run.recipe
-        for_ann, for_spiking = (run.env(stage, 1, 0) for stage in stages[:2])
+        for_ann, for_spiking = (run.normalized_env(stage, 1, 0) for stage in stages[:2])
         for env in (for_ann, for_spiking):
             try:
                 check_env(recipe.name, env)
@@ -87,18 +88,32 @@ class AgentTask(Task):
                 f"ann_env_kwargs of {recipe.name} may add a stack of frames alone, but {recipe.ann_env_kwargs} makes "
                 f"{stacked} of {seen}"
             )
+        normalize = unwrap_vec_normalize(for_ann)
+        if normalize is not None and normalize.norm_reward and self.ann is not None and recipe.snn.rewards:
+            raise ValueError(
+                f"make_env of {recipe.name} normalizes rewards, of which {self.ann} holds no statistics; train the ANN "
+                "in the run, or set norm_reward=False in its VecNormalize, or snn.rewards to False"
+            )
         if recipe.network.convolutions and stages[0].parent is None:
             for space in (stacked, seen):
                 with torch.device("meta"):  # takes no memory
                     ConvExtractor(space, **extractor_kwargs(recipe))  # type: ignore[arg-type]
         if self.ann is not None and not is_finished(run, stages[0]):
             self._given = load_ann(run, stages[0], self.ann)
+            normalize = self._given.get_vec_normalize_env()
+        if normalize is not None and normalize.norm_obs and seen != stacked:
+            raise ValueError(
+                f"the ANN of {recipe.name} must not see normalized stacks of frames ({recipe.ann_env_kwargs}): the "
+                "spiking agent sees one, which has no statistics; set norm_obs=False in VecNormalize, or stack in "
+                "env_kwargs"
+            )
         return {"observation_space": in_one_line(seen), "action_space": in_one_line(for_spiking.action_space)}
 
 
 def check_env(name: str, env: VecEnv, check: Callable[[spaces.Space, spaces.Space], None] = check_spaces) -> None:
     """Raises ValueError for an environment that a stage could not learn in, or whose agent no file could hold."""
-    observations, actions = env.observation_space, env.action_space
+    inside = without_normalization(env)
+    observations, actions = inside.observation_space, inside.action_space
     try:
         check(observations, actions)
         check_space(observations)
@@ -108,8 +123,18 @@ def check_env(name: str, env: VecEnv, check: Callable[[spaces.Space, spaces.Spac
     if not is_monitored(env):
         raise ValueError(f"make_env of {name} must return monitored environments: wrap them in VecMonitor")
     running = (gym.wrappers.NormalizeObservation, gym.wrappers.NormalizeReward)
-    if unwrap_vec_normalize(env) is not None or any(any(env.env_is_wrapped(wrapper)) for wrapper in running):
+    if unwrap_vec_normalize(inside) is not None or any(any(inside.env_is_wrapped(wrapper)) for wrapper in running):
         raise ValueError(
-            f"make_env of {name} must not normalize by running statistics, which each stage, validation and evaluation "
-            "would begin anew; scale by constants instead, with gymnasium.wrappers.TransformObservation"
+            f"make_env of {name} must not normalize by running statistics below its outermost wrapper: put SB3's "
+            "VecNormalize around everything else, VecMonitor included"
+        )
+    if inside is not env and type(env) is not VecNormalize:
+        raise ValueError(
+            f"make_env of {name} must normalize by SB3's VecNormalize itself, got {type(env).__name__}: policies "
+            "normalize as that does"
+        )
+    if env.observation_space != observations:
+        raise ValueError(
+            f"make_env of {name} must not normalize images, whose pixels SB3 divides by 255; set norm_obs=False in "
+            "its VecNormalize"
         )

@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
 from snn_rl.base.files import atomic, read_json, write_json
 from snn_rl.base.progress import bar, one_line
 from snn_rl.rl.evaluation import spiking_network
 from snn_rl.rl.policy_file import load_policy, save_policy
 from snn_rl.rl.recurrent import RecurrentLearner
-from snn_rl.runs._run import BEST, CHECKPOINT, MODEL, History, Run
+from snn_rl.rl.statistics import copy_statistics
+from snn_rl.runs._run import BEST, CHECKPOINT, MODEL, History, Run, save_model
 from snn_rl.runs.averaging import WeightAverage
 from snn_rl.runs.callbacks import StageCallback
 from snn_rl.runs.recipe import SEEDS_PER_RUN, TEST_SEEDS
@@ -48,6 +49,10 @@ class AgentTraining(Training):
     def new(self, env: VecEnv) -> OffPolicyAlgorithm:
         """The algorithm before its first step in ``env``."""
 
+    def environment(self) -> VecEnv:
+        """What it trains in."""
+        return self.run.training_env(self.stage)
+
     def resumed(self, env: VecEnv) -> None:
         """What a checkpoint does not hold, in the environment in which the stage goes on."""
 
@@ -66,15 +71,16 @@ class AgentTraining(Training):
         """The time constant of the average in updates; 0: no average."""
 
     def begin(self) -> None:
-        self.model = self.new(self.run.training_env(self.stage))
+        self.model = self.new(self.environment())
         self.average = self._average()
 
     def resume(self) -> str | None:
         folder, run = self.folder, self.run
         if not (folder / CHECKPOINT).is_file():
             return None
-        env = run.training_env(self.stage)
+        env = self.environment()
         self.model = model = run.load(self.algorithm, folder / CHECKPOINT, env)
+        self._restore_statistics(env)
         try:
             with (folder / "checkpoint.replay.pkl").open("rb") as file:  # SB3 leaves it open where it is damaged
                 model.load_replay_buffer(file)
@@ -100,6 +106,14 @@ class AgentTraining(Training):
         if self.average is not None:
             self.average.load(folder / AVERAGE)
         return self.done()
+
+    def _restore_statistics(self, env: VecEnv) -> None:
+        """Give the ``VecNormalize`` of ``env`` the statistics that the model was saved with, and the model that."""
+        normalize = unwrap_vec_normalize(env)
+        if normalize is not None:
+            assert self.model._vec_normalize_env is not None  # by `save_model`
+            copy_statistics(self.model._vec_normalize_env, normalize)
+        self.model._vec_normalize_env = normalize
 
     def _average(self) -> WeightAverage | None:
         model: Any = self.model
@@ -129,10 +143,12 @@ class AgentTraining(Training):
     def choose(self) -> None:
         self.history.extra_steps += self.model.num_timesteps
         self.history.extra_updates += self.model._n_updates
-        if (env := self.model.get_env()) is not None:
-            env.close()  # its processes, too
+        env = self.model.get_env()
+        assert env is not None
+        env.close()  # its processes, too
         if (self.folder / BEST).is_file():
             self.model = self.run.load(self.algorithm, self.folder / BEST)
+            self._restore_statistics(env)
 
     def export(self) -> Measured:
         """Write the model and its policy, and play the test seeds."""
@@ -175,5 +191,4 @@ def save_checkpoint(
     write_json(folder / "checkpoint.json", vars(history))
     if average is not None:
         average.save(folder / AVERAGE)
-    with atomic(folder / CHECKPOINT) as temporary:
-        model.save(temporary)
+    save_model(model, folder / CHECKPOINT)

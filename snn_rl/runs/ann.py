@@ -10,15 +10,19 @@ from typing import Any
 import numpy as np
 from stable_baselines3 import DQN
 from stable_baselines3.common.utils import LinearSchedule
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from stable_baselines3.dqn.policies import DQNPolicy
 
+from snn_rl.base.files import atomic
 from snn_rl.rl import Actor, ConvExtractor, SequenceReplayBuffer, actor_of, teacher_of
 from snn_rl.rl.dead_units import without_dead_units
+from snn_rl.rl.environments import without_normalization
 from snn_rl.rl.heads import QValues
 from snn_rl.rl.network import layers_of
 from snn_rl.rl.policy_file import check_storable, load_policy
 from snn_rl.rl.replay import frame_stack_of
+from snn_rl.rl.statistics import Statistics
+from snn_rl.rl.teacher import statistics_of
 from snn_rl.rl.zips import read_zip
 from snn_rl.runs._run import History, Run, channels_last
 from snn_rl.runs.agent_training import AgentTraining
@@ -35,6 +39,9 @@ class Ann(AgentTraining):
 
     algorithm = DQN
     model: DQN
+
+    def environment(self) -> VecEnv:
+        return self.run.normalized_env(self.stage, self.run.recipe.num_envs, 0)
 
     def new(self, env: VecEnv) -> DQN:
         return new_ann(self.run, env)
@@ -59,11 +66,19 @@ class Ann(AgentTraining):
             whole, self.model = self.model, without_dead_units(self.model, self._own_play())
             before, after = (sum(p.numel() for p in m.q_net.parameters()) for m in (whole, self.model))
             LOG.info("%s without its dead units: %s of %s weights stay", self.stage.name, f"{after:,}", f"{before:,}")
+        normalize = self.model.get_vec_normalize_env()
+        if normalize is not None:
+            with atomic(self.run.normalization) as temporary:
+                normalize.save(str(temporary))
         return super().export()
 
     def _own_play(self) -> Iterator[np.ndarray]:
-        """Observations (n_envs, ...) of its epsilon-greedy play, such as fills the replay of the stage behind it."""
+        """Observations (n_envs, ...) of its epsilon-greedy play, such as fills the replay of the stage behind it.
+
+        Those that it was trained in a ``VecNormalize`` for are normalised.
+        """
         run, model = self.run, self.model
+        statistics = statistics_of(model)
         config, n_envs = run.recipe.snn, run.recipe.num_envs
         exploration = np.random.default_rng(run.first_seed)
         env = run.student_env(self.stage)
@@ -71,6 +86,7 @@ class Ann(AgentTraining):
             obs = env.reset()
             for _ in range(-(-config.parent_steps // n_envs)):
                 assert isinstance(obs, np.ndarray)
+                obs = obs if statistics is None else statistics.normalize(obs)
                 yield obs
                 greedy, _ = model.predict(obs, deterministic=True)
                 random = exploration.integers(int(model.action_space.n), size=n_envs)  # type: ignore[attr-defined]
@@ -138,9 +154,16 @@ def load_ann(this: Run, stage: Stage, path: Path) -> DQN:
     """The DQN in ``path``, checked against the environment of the ANN stage, ``stage``."""
     if not path.is_file():
         raise ValueError(f"no file at {path}; --ann takes {ANN_FILES}")
-    env = this.env(stage, 1, 0)
+    env = this.normalized_env(stage, 1, 0)
+    normalize = unwrap_vec_normalize(env)
     try:
-        actor = _actor_of_file(this, path, env)
+        actor, statistics = _actor_of_file(this, path, env)
+        if statistics is None and normalize is not None and normalize.norm_obs:
+            raise ValueError(
+                f"{path} holds no statistics of observations, which make_env of {this.recipe.name} normalizes; give "
+                "the policy.safetensors that save_policy writes of the agent and its VecNormalize"
+            )
+        env = without_normalization(env) if statistics is None else statistics.around(without_normalization(env))
         if not isinstance(actor.head, QValues):
             raise ValueError(
                 f"{path} holds no DQN; --ann takes {ANN_FILES}. snn-rl spike takes agents of any algorithm"
@@ -167,9 +190,10 @@ def load_ann(this: Run, stage: Stage, path: Path) -> DQN:
     return model
 
 
-def _actor_of_file(this: Run, path: Path, env: VecEnv) -> Actor:
+def _actor_of_file(this: Run, path: Path, env: VecEnv) -> tuple[Actor, Statistics | None]:
+    """The actor, and the statistics by which its observations are normalised."""
     if path.suffix != ".safetensors":
-        return actor_of(read_zip(path, env.observation_space, env.action_space, device=this.device).policy)
+        return actor_of(read_zip(path, env.observation_space, env.action_space, device=this.device).policy), None
     loaded = load_policy(path, this.device)
     recipe = loaded.metadata["provenance"].get("recipe")
     source = f"is of the recipe {recipe!r}, trained" if recipe else "was trained"
@@ -177,7 +201,7 @@ def _actor_of_file(this: Run, path: Path, env: VecEnv) -> Actor:
         ours, theirs = getattr(loaded, name), getattr(env, name)
         if ours != theirs:
             raise ValueError(f"{path} {source} with {name} {ours}, but {this.recipe.name} has {theirs}")
-    actor = teacher_of(loaded).actor
-    if actor is None:
+    teacher = teacher_of(loaded)
+    if teacher.actor is None:
         raise ValueError(f"{path} holds a spiking agent; --ann takes an ANN: {ANN_FILES}")
-    return actor
+    return teacher.actor, teacher.statistics

@@ -11,9 +11,9 @@ import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
 
-from snn_rl.base.files import atomic
 from snn_rl.base.progress import digits
-from snn_rl.runs._run import BEST, History, Run
+from snn_rl.rl.statistics import frozen
+from snn_rl.runs._run import BEST, History, Run, save_model
 from snn_rl.runs.averaging import WeightAverage
 from snn_rl.runs.recipe import SEEDS_PER_RUN, VALIDATION_SEEDS
 from snn_rl.runs.stages import Stage
@@ -126,7 +126,9 @@ class StageCallback(BaseCallback):
             self.env = self.run.env(self.stage, recipe.validation_episodes, VALIDATION_SEEDS)
         self.env.seed(VALIDATION_SEEDS + self.run.seed * SEEDS_PER_RUN)  # the same episodes at every validation
         with nullcontext() if self.average is None else self.average.in_place():
-            mean = self.run.evaluate(self.model, self.env, recipe.validation_episodes).mean
+            normalize = self.model.get_vec_normalize_env()
+            env = self.env if normalize is None else frozen(normalize, self.env)
+            mean = self.run.evaluate(self.model, env, recipe.validation_episodes).mean
             best = self.history.best
             self.history.note(self.num_timesteps, mean)
             LOG.info("%s after %d steps: %s on validation", self.stage.name, self.num_timesteps, digits(mean))
@@ -134,8 +136,7 @@ class StageCallback(BaseCallback):
             self.logger.dump(self.num_timesteps)
             if mean >= best:
                 self.model.validated = [self.num_timesteps, mean]  # type: ignore[attr-defined]  # saved with the model
-                with atomic(self.folder / BEST) as temporary:
-                    self.model.save(temporary)
+                save_model(self.model, self.folder / BEST)  # type: ignore[arg-type]
 
     def _checkpoint(self) -> None:
         self.checkpoints.write()

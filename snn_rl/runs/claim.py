@@ -36,17 +36,17 @@ def claim(
     recipe: AnyRecipe,
     seed: int,
     ann: Path | None,
-    spaces: Mapping[str, str] = MappingProxyType({}),
+    more: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Bind the directory to this run, or find that it is.
 
-    ``spaces`` are those of the environment, which tell its code apart where the recipe's fields do not. A field that
+    ``more`` tells runs apart where the recipe's fields do not, such as by the spaces of the environment. A field that
     ``run.json`` lacks counts as its default: the recipe has gained it since.
 
     Raises:
         ValueError: a directory that holds the work of another run.
     """
-    config = {"recipe": recipe.as_dict(), "seed": seed, "ann": None if ann is None else str(ann.resolve()), **spaces}
+    config = {"recipe": recipe.as_dict(), "seed": seed, "ann": None if ann is None else str(ann.resolve()), **more}
     path, results = directory / "run.json", directory / "results.json"
     stages = (found for pattern in WORK for name in ("ann", "T[0-9]*") for found in directory.glob(f"{name}/{pattern}"))
     work = results if results.is_file() else next(stages, None)
@@ -83,7 +83,9 @@ def _differences(before: Any, now: Mapping[str, Any], recipe: AnyRecipe) -> Iter
     yield from _other_fields(theirs, recipe)
     for key in now.keys() - {"recipe", "seed", "ann"}:
         if before.get(key, now[key]) != now[key]:  # older runs do not tell
-            yield f"its environment has the {key.replace('_', ' ')} {before[key]}, not {now[key]}"
+            words = key.replace("_", " ")
+            whose = "its environment has the" if key.endswith("_space") else "it has the"
+            yield f"{whose} {words} {before[key]}, not {now[key]}"
 
 
 def _other_fields(before: Any, now: Any, prefix: str = "") -> Iterator[str]:

@@ -10,13 +10,15 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor, Ve
 
 from snn_rl.rl.environments import transposed
 from snn_rl.rl.evaluation import Evaluation, evaluate, is_monitored
+from snn_rl.rl.preferences import as_preferences
+from snn_rl.rl.recurrent import check_same_spaces
 from snn_rl.rl.spaces import check_observation_space
 from snn_rl.rl.statistics import Statistics
 from snn_rl.rl.student import Student
 from snn_rl.rl.teacher import PolicyTeacher, RecurrentTeacher, Teacher, teacher_of
 from snn_rl.runs.recipe import FRESH, SPIKING, SnnConfig, check_schedule
 from snn_rl.runs.registered import registered
-from snn_rl.runs.taught import convert, student_options
+from snn_rl.runs.taught import convert, converts, student_options
 
 
 @dataclass(frozen=True)
@@ -80,15 +82,17 @@ def distil(
     venv, statistics = _without_normalization(_vectorised(env))
     check_observation_space(venv.observation_space)
     labels = teacher_of(teacher, venv.observation_space)
+    check_same_spaces(venv, labels)
     if statistics is not None and labels.statistics is None and isinstance(labels, PolicyTeacher | RecurrentTeacher):
         labels.statistics = statistics
+    labels = as_preferences(labels, venv)
     played_in = venv if eval_env is None else _without_normalization(eval_env)[0]
     stages = [StageResult("teacher", labels, evaluate(labels, played_in, episodes))]
     agent: Student | None = None
-    if labels.actor is None or not labels.actor.converts:
+    if not converts(labels):
         options = student_options(fresh, venv.num_envs)
         agent = Student.fresh(labels, venv, net_arch, seed=seed, device=device, **options)
-        _teach(agent, labels, fresh)
+        teach(agent, labels, fresh)
         stages.append(StageResult("ann", agent, evaluate(agent, played_in, episodes)))
     for timesteps in schedule:
         options = {**student_options(spiking, venv.num_envs), "seed": seed, "device": device}
@@ -98,14 +102,14 @@ def distil(
         else:
             student = convert(parent, venv, timesteps, spiking, options)
         student.teacher = labels
-        _teach(student, parent, spiking)
+        teach(student, parent, spiking)
         agent = student
         stages.append(StageResult(f"T{timesteps}", agent, evaluate(agent, played_in, episodes)))
     assert agent is not None
     return Distilled(agent, stages)
 
 
-def _teach(student: Student, parent: Student | Teacher, config: SnnConfig) -> None:
+def teach(student: Student, parent: Student | Teacher, config: SnnConfig) -> None:
     """Learn from the parent's play, then from one's own."""
     parent.exploration_rate = config.parent_eps
     student.collect(parent, config.parent_steps)

@@ -39,7 +39,7 @@ class Given:
         """`load`, and one step of it in ``env``."""
         teacher = self.load(env, device)
         obs = env.reset()
-        assert isinstance(obs, np.ndarray)
+        assert isinstance(obs, np.ndarray | dict)
         labels, _ = teacher.label(obs, None, np.ones(env.num_envs, dtype=bool))
         if not np.isfinite(labels).all():
             raise ValueError(f"the outputs of {self.path} hold NaN or infinity where an episode begins")

@@ -131,6 +131,7 @@ def _metrics(run: Run, training: Training, measured: Measured) -> dict[str, Any]
         "parent": stage.parent,
         **measured.counts,
         "wall_seconds": round(history.wall_seconds, 1),
+        "cpu_seconds": round(history.cpu_seconds, 1),
         **measured.score,
         "validation": history.validation,
         "curve": history.curve,

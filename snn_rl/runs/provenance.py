@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+
+from snn_rl.rl.environments import without_normalization
 from snn_rl.runs.recipe import Recipe
 from snn_rl.runs.registered import registered
 
 if TYPE_CHECKING:
-    from stable_baselines3.common.vec_env import VecEnv
-
     from snn_rl.rl.policy_file import LoadedPolicy
 
 
@@ -54,11 +55,21 @@ def environment_of(
         raise ValueError(f"the policy file's env_kwargs must be an object, got {env_kwargs!r}")
     recipe = recipe_of(policy, recipes)
     try:
-        return recipe.build_env(num_envs, seed, **{**env_kwargs, **overrides})
+        return as_taken_by(policy, recipe.build_training_env(num_envs, seed, **{**env_kwargs, **overrides}))
     except ValueError as error:
         if recipe.name in recipes:
             raise
         raise ValueError(f"{_made_by(policy.metadata['provenance'].get('recipe'), recipes)}; {error}") from error
+
+
+def as_taken_by(policy: LoadedPolicy, env: VecEnv) -> VecEnv:
+    """``env``, of `Recipe.build_training_env`, without a ``VecNormalize`` where ``policy`` needs none.
+
+    A policy with statistics normalises its observations itself. One without them was perhaps trained on normalised ones
+    and stored without its environment, so a ``VecNormalize`` of observations is left to `evaluate` to judge.
+    """
+    needed = isinstance(env, VecNormalize) and env.norm_obs and policy.policy.net.normalizer is None
+    return env if needed else without_normalization(env)
 
 
 def _made_by(name: object, recipes: Mapping[str, Recipe]) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from snn_rl.base.fields import amount, check_fields, count, fraction, percent, positive, real, switch
 from snn_rl.base.limits import MAX_EPISODE_STEPS, MAX_TIMESTEPS
 from snn_rl.base.progress import one_line
 
@@ -33,7 +33,7 @@ class NetworkConfig:
     """The Q-network: convolutions and a linear layer behind them, or neither, and then linear layers."""
 
     convolutions: tuple[tuple[int, int, int], ...] = ()  # channels, kernel size and stride of each convolution
-    features_dim: int = 512  # units of the linear layer behind the convolutions
+    features_dim: int = count(512)  # units of the linear layer behind the convolutions
     net_arch: tuple[int, ...] = (64, 64)  # units of each further linear layer
 
 
@@ -41,66 +41,73 @@ class NetworkConfig:
 class AnnConfig:
     """The ANN stage, which trains an ordinary network with SB3's DQN."""
 
-    env_steps: int = 50_000  # environment steps of the stage, at most
-    learning_rate: float = 1e-4  # learning rate at the start
-    final_learning_rate: float = 1e-4  # learning rate at the end; it changes linearly from the one at the start
-    buffer_size: int = 100_000  # environment steps that the replay buffer holds
-    learning_starts: int = 1_000  # steps of random play before training begins
-    batch_size: int = 32  # transitions per gradient step
-    train_every: int = 8  # environment steps between trainings
-    gradient_steps: int = 2  # gradient steps per training
-    n_steps: int = 1  # rewards that an n-step return adds up
-    gamma: float = 0.99  # discount factor, also of the spiking stages
-    target_update_every: int = 1_000  # environment steps between updates of the target network
-    exploration_steps: int = 10_000  # environment steps in which the share of random actions falls from 1
-    exploration_eps: float = 0.05  # share of random actions after that
-    adam_eps: float = 1e-8  # epsilon of the Adam optimizer
-    max_grad_norm: float = 10.0  # gradients are clipped to this norm
+    env_steps: int = count(50_000)  # environment steps of the stage, at most
+    learning_rate: float = amount(1e-4)  # learning rate at the start
+    final_learning_rate: float = amount(1e-4)  # learning rate at the end; it changes linearly from the one at the start
+    buffer_size: int = count(100_000)  # environment steps that the replay buffer holds
+    learning_starts: int = count(1_000, at_least=0)  # steps of random play before training begins
+    batch_size: int = count(32)  # transitions per gradient step
+    train_every: int = count(8)  # environment steps between trainings
+    gradient_steps: int = count(2)  # gradient steps per training
+    n_steps: int = count(1)  # rewards that an n-step return adds up
+    gamma: float = fraction(0.99)  # discount factor, also of the spiking stages
+    target_update_every: int = count(1_000)  # environment steps between updates of the target network
+    exploration_steps: int = count(10_000)  # environment steps in which the share of random actions falls from 1
+    exploration_eps: float = fraction(0.05)  # share of random actions after that
+    adam_eps: float = amount(1e-8)  # epsilon of the Adam optimizer
+    max_grad_norm: float = positive(10.0)  # gradients are clipped to this norm
     # validate and keep an exponential average of the weights over about this many environment steps; 0: no average.
     # Greedy play swings from one update to the next, that of an average less
-    average_steps: int = 0
+    average_steps: int = count(0, at_least=0)
     # at the end of the stage, remove the units that are active on fewer than 1 in 100 observations
-    drop_dead_units: bool = False
+    drop_dead_units: bool = switch(False)
 
 
 @dataclass(frozen=True)
 class SnnConfig:
     """A spiking stage. Its parent is the stage before it. It learns from its parent's play first, then from its own."""
 
-    percentile: float = 99.0  # the initial threshold is this percentile of the inputs of the ReLU that it replaces
-    leak: float = 0.9  # initial leak, the factor by which a membrane potential shrinks at each timestep; 1: no leak
+    # the initial threshold is this percentile of the inputs of the ReLU that it replaces
+    percentile: float = percent(99.0)
+    # initial leak, the factor by which a membrane potential shrinks at each timestep; 1: no leak
+    leak: float = fraction(0.9)
     # let the reset leak too: a membrane keeps leak * (potential - threshold * spike) instead of
     # leak * potential - threshold * spike
-    leak_reset: bool = False
-    persistent: bool = True  # carry the membrane potentials from frame to frame; otherwise clear them at every frame
-    parent_steps: int = 10_000  # environment steps of the parent's play to learn from
-    parent_eps: float = 0.04  # share of random actions in the parent's play, which show what follows from a mistake
-    distillation_updates: int = 300  # gradient steps on the parent's play
-    env_steps: int = 20_000  # environment steps of the stage's own play, at most
-    same_compute: bool = False  # divide distillation-updates and env-steps by T, so that stages take equally long
+    leak_reset: bool = switch(False)
+    # carry the membrane potentials from frame to frame; otherwise clear them at every frame
+    persistent: bool = switch(True)
+    parent_steps: int = count(10_000)  # environment steps of the parent's play to learn from
+    # share of random actions in the parent's play, which show what follows from a mistake
+    parent_eps: float = fraction(0.04)
+    distillation_updates: int = count(300, at_least=0)  # gradient steps on the parent's play
+    env_steps: int = count(20_000)  # environment steps of the stage's own play, at most
+    # divide distillation-updates and env-steps by T, so that stages take equally long
+    same_compute: bool = switch(False)
     # lower the thresholds with T, so that neurons fire as often per timestep as before; otherwise lower T alone, as the
     # paper does
-    keep_rates: bool = True
-    learning_rate: float = 1e-3  # learning rate at the start, on the parent's play; it falls linearly
+    keep_rates: bool = switch(True)
+    learning_rate: float = amount(1e-3)  # learning rate at the start, on the parent's play; it falls linearly
     # learning rate at the end of the parent's play; on the stage's own play it falls linearly to a twentieth of this
-    play_learning_rate: float = 1e-3
-    buffer_size: int = 50_000  # environment steps that the replay buffer holds
-    batch_size: int = 16  # windows of consecutive frames per gradient step
-    sequence_length: int = 16  # frames of a window that are trained on
-    burn_in: int = 4  # frames of a window before those, which only warm up the membrane potentials
-    train_every: int = 8  # environment steps between trainings
-    gradient_steps: int = 4  # gradient steps per training
-    n_steps: int = 3  # with rewards: how many an n-step return adds up
-    target_update_every: int = 500  # with rewards: environment steps between updates of the target network
-    exploration_eps: float = 0.04  # share of random actions in the stage's own play
-    restart_every: int = 0  # restart half of the training environments after this many of their steps; 0: never
-    rewards: bool = False  # learn from rewards, too, by SpikingDQN; otherwise from the teacher alone
-    td_weight: float = 1.0  # with rewards: weight of the temporal-difference loss
-    distillation_weight: float = 1.0  # with rewards: weight of the distillation loss, which learns the ANN's Q-values
-    average_updates: int = 0  # as ann.average-steps, but in gradient steps; 0: no average
-    spike_weight: float = 0.0  # weight of the spikes per neuron and frame in the loss; higher: less energy
-    adam_eps: float = 1e-8  # epsilon of the Adam optimizer
-    max_grad_norm: float = 10.0  # gradients are clipped to this norm
+    play_learning_rate: float = amount(1e-3)
+    buffer_size: int = count(50_000)  # environment steps that the replay buffer holds
+    batch_size: int = count(16)  # windows of consecutive frames per gradient step
+    sequence_length: int = count(16)  # frames of a window that are trained on
+    burn_in: int = count(4, at_least=0)  # frames of a window before those, which only warm up the membrane potentials
+    train_every: int = count(8)  # environment steps between trainings
+    gradient_steps: int = count(4)  # gradient steps per training
+    n_steps: int = count(3)  # with rewards: how many an n-step return adds up
+    target_update_every: int = count(500)  # with rewards: environment steps between updates of the target network
+    exploration_eps: float = fraction(0.04)  # share of random actions in the stage's own play
+    # restart half of the training environments after this many of their steps; 0: never
+    restart_every: int = count(0, at_least=0)
+    rewards: bool = switch(False)  # learn from rewards, too, by SpikingDQN; otherwise from the teacher alone
+    td_weight: float = amount(1.0)  # with rewards: weight of the temporal-difference loss
+    # with rewards: weight of the distillation loss, which learns the ANN's Q-values
+    distillation_weight: float = amount(1.0)
+    average_updates: int = count(0, at_least=0)  # as ann.average-steps, but in gradient steps; 0: no average
+    spike_weight: float = amount(0.0)  # weight of the spikes per neuron and frame in the loss; higher: less energy
+    adam_eps: float = amount(1e-8)  # epsilon of the Adam optimizer
+    max_grad_norm: float = positive(10.0)  # gradients are clipped to this norm
 
 
 @dataclass(frozen=True)
@@ -121,28 +128,29 @@ class Recipe:
     env_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
     # arguments of the environment in the ANN stage alone, in addition to env-kwargs or instead of them
     ann_env_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
-    num_envs: int = 8  # copies of the environment to train in at the same time
+    num_envs: int = count(8)  # copies of the environment to train in at the same time
     network: NetworkConfig = field(default_factory=NetworkConfig)
     ann: AnnConfig = field(default_factory=AnnConfig)
     snn: SnnConfig = field(default_factory=SnnConfig)
     schedule: tuple[int, ...] = (5, 4, 3, 2, 1)  # timesteps per frame (T) of each spiking stage, in decreasing order
     # environment steps of all spiking stages together, divided equally; None: each stage has snn.env-steps
-    total_snn_steps: int | None = None
-    target_return: float | None = None  # end a stage early at this mean return on validation; None: never
-    validations_at_target: int = 1  # how many validations in a row must reach target-return
-    validate_every: int = 5_000  # environment steps between validations
-    validation_episodes: int = 20  # episodes per validation
-    eval_episodes: int = 20  # episodes that a finished stage plays for the results
+    total_snn_steps: int | None = count(None)
+    target_return: float | None = real(None)  # end a stage early at this mean return on validation; None: never
+    validations_at_target: int = count(1)  # how many validations in a row must reach target-return
+    validate_every: int = count(5_000)  # environment steps between validations
+    validation_episodes: int = count(20)  # episodes per validation
+    eval_episodes: int = count(20)  # episodes that a finished stage plays for the results
     # environment steps between checkpoints, in addition to those that are written every minute; None: only these
-    checkpoint_every: int | None = None
+    checkpoint_every: int | None = count(None)
     # environment steps of the longest episode in validation and evaluation; a longer one stops the training
-    max_episode_steps: int = MAX_EPISODE_STEPS
-    cpu_threads: int | None = None  # CPU threads of torch; None: torch decides. Small networks are faster with 1.
+    max_episode_steps: int = count(MAX_EPISODE_STEPS)
+    # CPU threads of torch; None: torch decides. Small networks are faster with 1.
+    cpu_threads: int | None = count(None)
 
     def __post_init__(self) -> None:
         check_plain(self.as_dict())
         check_schedule(self.schedule)
-        check_numbers(self, fractions=FRACTIONS, may_be_zero=MAY_BE_ZERO, may_be_negative={"target_return"})
+        check_fields(self)
         sizes = [n for convolution in self.network.convolutions for n in convolution]
         if not sizes and not self.network.net_arch:
             raise ValueError("network must have a hidden layer, whose units spike: set network.net_arch")
@@ -163,18 +171,10 @@ class Recipe:
                 f"snn.play_learning_rate must be <= snn.learning_rate ({snn.learning_rate:g}), which falls to it, "
                 f"got {snn.play_learning_rate:g}"
             )
-        for name, number in (
-            ("snn.max_grad_norm", snn.max_grad_norm),
-            ("ann.max_grad_norm", self.ann.max_grad_norm),
-        ):
-            if not number:
-                raise ValueError(f"{name} must be > 0, got {number}")
         if self.total_snn_steps is not None and self.total_snn_steps < len(self.schedule):
             raise ValueError(
                 f"total_snn_steps must be >= {len(self.schedule)}, one for each stage, got {self.total_snn_steps}"
             )
-        if not 0 < self.snn.percentile <= 100:
-            raise ValueError(f"snn.percentile must lie in (0, 100], got {self.snn.percentile}")
         seen, stacked = (int(kwargs.get("frame_stack", 1)) for kwargs in (self.env_kwargs, self.ann_env_kwargs))
         if stacked > 1 and stacked % seen:
             raise ValueError(
@@ -202,12 +202,25 @@ class Recipe:
     def build_env(self, num_envs: int, seed: int, /, **overrides: Any) -> VecEnv:
         """A monitored ``VecEnv`` of the recipe's environment; ``overrides`` go before ``env_kwargs``.
 
+        Observations and rewards are those of the environment itself. If ``make_env`` returns a ``VecNormalize``, it is
+        taken off: a policy holds the statistics and normalises its observations itself.
+
         Images are channels first, as SB3 transposes them. What the environment raises later on becomes a ValueError of
         one line, with the original as its ``__cause__``.
 
         Raises:
             ValueError: an argument that the environment does not take, or not with this value; another number of
                 environments; an environment that cannot be built.
+        """
+        from snn_rl.rl.environments import without_normalization  # here, where torch is needed anyway
+
+        return without_normalization(self.build_training_env(num_envs, seed, **overrides))
+
+    def build_training_env(self, num_envs: int, seed: int, /, **overrides: Any) -> VecEnv:
+        """As `build_env`, inside the ``VecNormalize`` that ``make_env`` puts around it, if it does.
+
+        Raises:
+            ValueError: as `build_env`.
         """
         kwargs = {**self.env_kwargs, **overrides}
         shown = str(kwargs)[:200]
@@ -216,7 +229,7 @@ class Recipe:
         # here, where torch is needed anyway
         from stable_baselines3.common.vec_env import VecEnv
 
-        from snn_rl.rl.environments import NamedFailures, transposed, why
+        from snn_rl.rl.environments import named, why
 
         try:
             env = self.make_env(num_envs, seed=seed, **kwargs)
@@ -237,7 +250,7 @@ class Recipe:
                 env.close()
             got = f"{type(env).__name__} of {getattr(env, 'num_envs', 1)}"
             raise ValueError(f"make_env of {self.name} must return a VecEnv of {num_envs} environments, got a {got}")
-        return NamedFailures(transposed(env), f"the environment of {self.name}")
+        return named(env, f"the environment of {self.name}")
 
     def _least_replay(self) -> dict[str, int]:
         """The least that fields may be so that the replay holds a window of each environment."""
@@ -315,10 +328,11 @@ SPIKING = SnnConfig(
     percentile=99.0,
     leak=0.75,
     parent_steps=8_000,
-    distillation_updates=1_500,
-    env_steps=16_000,
+    distillation_updates=2_000,
+    env_steps=40_000,
     gradient_steps=2,
     batch_size=32,
+    sequence_length=8,
 )
 FRESH = SnnConfig(
     parent_steps=16_000,
@@ -336,14 +350,14 @@ FRESH = SnnConfig(
 class SpikeRecipe(Recipe):
     """How a given agent is made to spike. ``network`` is the new one that it teaches where its own does not convert."""
 
-    num_envs: int = 8
+    num_envs: int = count(8)
     network: NetworkConfig = field(default_factory=lambda: NetworkConfig(net_arch=(256, 256)))
     snn: SnnConfig = SPIKING
     fresh: SnnConfig = FRESH  # the stage of the new network
     schedule: tuple[int, ...] = (5, 3, 1)
-    validate_every: int = 4_000
-    eval_episodes: int = 100
-    cpu_threads: int | None = 1
+    validate_every: int = count(10_000)
+    eval_episodes: int = count(100)
+    cpu_threads: int | None = count(1, optional=True)
 
     def smoke(self) -> SpikeRecipe:
         fresh = dataclasses.replace(
@@ -377,43 +391,3 @@ def check_plain(value: Any, name: str = "") -> None:
             check_plain(inner, name)
     elif value is not None and not isinstance(value, bool | int | float | str):
         raise ValueError(f"{name} must be a plain Python value, got {value!r} ({type(value).__name__}); convert it")
-
-
-def check_numbers(
-    config: Any,
-    *,
-    fractions: Set[str],
-    may_be_zero: Set[str] = frozenset(),
-    may_be_negative: Set[str] = frozenset(),
-    prefix: str = "",
-) -> None:
-    """Raises ValueError where a number in a dataclass, or in one inside it, is out of range: integers must be >= 1."""
-    names = {"fractions": fractions, "may_be_zero": may_be_zero, "may_be_negative": may_be_negative}
-    for field_ in dataclasses.fields(config):
-        name, value = field_.name, getattr(config, field_.name)
-        if dataclasses.is_dataclass(value):
-            check_numbers(value, **names, prefix=f"{prefix}{name}.")
-        if value is None or isinstance(value, bool):
-            continue
-        if str(field_.type).startswith("int"):
-            least = 0 if name in may_be_zero else 1
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{prefix}{name} must be >= {least}, got {value}")
-        elif str(field_.type).startswith("float"):
-            if not isinstance(value, int | float) or not (value >= 0 or name in may_be_negative):
-                raise ValueError(f"{prefix}{name} must be >= 0, got {value}")
-            if not math.isfinite(value):
-                raise ValueError(f"{prefix}{name} must be finite, got {value}")
-            if name in fractions and value > 1:
-                raise ValueError(f"{prefix}{name} must lie in [0, 1], got {value}")
-
-
-FRACTIONS = {"leak", "gamma", "exploration_eps", "parent_eps"}
-MAY_BE_ZERO = {
-    "learning_starts",
-    "burn_in",
-    "distillation_updates",
-    "average_steps",
-    "average_updates",
-    "restart_every",
-}

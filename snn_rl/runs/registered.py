@@ -92,10 +92,19 @@ def _make(
     if render_mode is not None:  # not every environment takes one
         kwargs["render_mode"] = render_mode
     try:
-        env = VecMonitor(DummyVecEnv([lambda: gym.make(spec, **kwargs)] * num_envs))
+        env = VecMonitor(DummyVecEnv([lambda: _one(spec, kwargs)] * num_envs))
     except Exception as error:  # the environment's own code may raise anything
         raise ValueError(_reason(spec, kwargs, error)) from error
     env.seed(seed)
+    return env
+
+
+def _one(spec: EnvSpec, kwargs: Mapping[str, Any]) -> gym.Env[Any, Any]:
+    from snn_rl.rl.spaces import check_observation_space
+
+    env = gym.make(spec, **kwargs)
+    if isinstance(env.observation_space, gym.spaces.Dict):  # SB3's wrappers fail on parts that they do not know
+        check_observation_space(env.observation_space)
     return env
 
 

@@ -79,6 +79,7 @@ STAGE = {
     "validation?": [POINT],
     "updates?": _Maybe(COUNT),
     "wall_seconds?": _Maybe(NUMBER),
+    "cpu_seconds?": _Maybe(NUMBER),
 }
 AGENT = {**STAGE, "eval": EVAL, "env_steps": COUNT, "curve": {"env_steps": [NUMBER], "returns": [NUMBER]}}
 CLASSIFIER = {

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from snn_rl.rl.environments import without_normalization
 from snn_rl.rl.spaces import check_observation_space, in_one_line
 from snn_rl.runs._run import History, Run
 from snn_rl.runs.agent import check_env
@@ -15,7 +16,7 @@ from snn_rl.runs.life import live, prepare
 from snn_rl.runs.recipe import TEST_SEEDS, SpikeRecipe
 from snn_rl.runs.stages import Stage
 from snn_rl.runs.task import Checkpoints, Measured, Task, Training
-from snn_rl.runs.taught import Taught, TaughtAnn
+from snn_rl.runs.taught import Taught, TaughtAnn, converts
 
 
 def spike(
@@ -45,18 +46,19 @@ class SpikeTask(Task):
         assert run.given is not None
         self.run, self.ann, self.subject = run, run.given.path, run.recipe.env_id
         teacher_stage = Stage(None, str(run.given.path), is_teacher=True)
-        env = run.env(teacher_stage, 1, 0)
+        env = run.normalized_env(teacher_stage, 1, 0)
         try:
             check_env(run.recipe.name, env, lambda observations, _: check_observation_space(observations))
             self.seen = {
                 "observation_space": in_one_line(env.observation_space),
                 "action_space": in_one_line(env.action_space),
+                "statistics": "none" if run.given.vecnormalize is None else str(run.given.vecnormalize.resolve()),
             }
-            teacher = run.given.check(env, run.device)
+            teacher = run.given.check(without_normalization(env), run.device)
         finally:
             env.close()
         stages = [teacher_stage]
-        if teacher.actor is None or not teacher.actor.converts:
+        if not converts(teacher):
             stages.append(Stage(None, "teacher"))
         for timesteps in run.recipe.schedule:
             stages.append(Stage(timesteps, stages[-1].name))

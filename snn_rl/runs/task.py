@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import monotonic
+from time import monotonic, process_time
 from typing import Any
 
 from snn_rl.core.activity import Activity
@@ -66,6 +66,7 @@ class History:
     curve: dict[str, list[float]] = field(default_factory=dict)
     validation: list[list[float]] = field(default_factory=list)  # [steps or epochs, score]
     wall_seconds: float = 0.0
+    cpu_seconds: float = 0.0  # of this process, on all cores: what a busy machine does not change
 
     @property
     def best(self) -> float:
@@ -89,6 +90,7 @@ class Checkpoints:
         self._history, self._save = history, save
         self._written = monotonic()
         self._started = (self._written if since is None else since) - history.wall_seconds
+        self._cpu = process_time() - history.cpu_seconds
         self._cost = 0.0  # seconds that writing the last one took
 
     def are_due(self) -> bool:
@@ -98,6 +100,7 @@ class Checkpoints:
     def tell_time(self) -> None:
         """Note in the history how long the stage has taken."""
         self._history.wall_seconds = monotonic() - self._started
+        self._history.cpu_seconds = process_time() - self._cpu
 
     def write(self, **kwargs: Any) -> None:
         began = monotonic()

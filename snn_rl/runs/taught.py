@@ -7,11 +7,12 @@ from typing import Any
 
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.utils import LinearSchedule
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from snn_rl.base.progress import bar
 from snn_rl.rl import SpikingDQN, Student
 from snn_rl.rl.recurrent import RecurrentLearner
+from snn_rl.rl.statistics import read_vecnormalize
 from snn_rl.rl.teacher import Teacher
 from snn_rl.runs._run import MODEL
 from snn_rl.runs.agent_training import AgentTraining
@@ -22,6 +23,15 @@ from snn_rl.runs.task import Checkpoints
 
 LOG = logging.getLogger(__name__)
 DISTILLATION_PIECES = 20
+LEAST_UNITS = 32  # of a hidden layer that is converted
+
+
+def converts(teacher: Teacher) -> bool:
+    """Whether a spiking stage starts from the teacher's own network; otherwise that teaches a new one first.
+
+    It must convert, and have no layer so narrow that few spikes would have to say everything.
+    """
+    return teacher.actor is not None and teacher.actor.converts and min(teacher.actor.net_arch) >= LEAST_UNITS
 
 
 def student_options(config: SnnConfig, num_envs: int) -> dict[str, Any]:
@@ -208,6 +218,16 @@ class Rewarded(Taught):
     """A spiking stage that goes on learning from rewards, by `SpikingDQN`."""
 
     algorithm = SpikingDQN
+
+    def environment(self) -> VecEnv:
+        """In the ``VecNormalize`` of the ANN, from whose Q-values it starts; the statistics no longer change."""
+        env, saved = super().environment(), self.run.normalization
+        if not saved.is_file():
+            return env
+        read_vecnormalize(saved, env.observation_space)  # says in one line where it is damaged
+        normalize = VecNormalize.load(str(saved), env)
+        normalize.training = False
+        return normalize
 
     @property
     def updates(self) -> int:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from snn_rl.runs.recipe import check_numbers, check_plain, check_schedule
+from snn_rl.base.fields import amount, check_fields, choice, count, fraction, percent, positive, switch
+from snn_rl.runs.recipe import check_plain, check_schedule
 
 AUGMENTATIONS = ("none", "crop-flip", "resized-crop-flip")
 OPTIMIZERS = ("sgd", "adam")
@@ -21,33 +22,36 @@ SMOKE_IMAGES = 64  # of each split
 class AnnTraining:
     """The ANN stage, which trains an ordinary network. Its learning rate falls to 0 along half a cosine."""
 
-    epochs: int = 100  # epochs of the stage
-    optimizer: str = "sgd"  # sgd (with Nesterov momentum 0.9) or adam
-    learning_rate: float = 0.1  # learning rate at the start
-    weight_decay: float = 5e-4  # weight decay; biases and batch-norm have none
-    label_smoothing: float = 0.1  # share of a label's weight that is spread over all classes
+    epochs: int = count(100)  # epochs of the stage
+    optimizer: str = choice("sgd", *OPTIMIZERS)  # sgd (with Nesterov momentum 0.9) or adam
+    learning_rate: float = amount(0.1)  # learning rate at the start
+    weight_decay: float = amount(5e-4)  # weight decay; biases and batch-norm have none
+    label_smoothing: float = fraction(0.1)  # share of a label's weight that is spread over all classes
 
 
 @dataclass(frozen=True)
 class SnnTraining:
     """A spiking stage. It is the converted ANN, or the stage before it with fewer timesteps, trained on."""
 
-    percentile: float = 90.0  # the initial threshold is this percentile of the inputs of the ReLU that it replaces
-    leak: float = 1.0  # initial leak, the factor by which a membrane potential shrinks at each timestep; 1: no leak
+    # the initial threshold is this percentile of the inputs of the ReLU that it replaces
+    percentile: float = percent(90.0)
+    # initial leak, the factor by which a membrane potential shrinks at each timestep; 1: no leak
+    leak: float = fraction(1.0)
     # let the reset leak too: a membrane keeps leak * (potential - threshold * spike) instead of
     # leak * potential - threshold * spike
-    leak_reset: bool = False
-    epochs: int = 20  # epochs of the stage, at most
-    same_compute: bool = False  # divide epochs by T, rounded up, so that stages take equally long
+    leak_reset: bool = switch(False)
+    epochs: int = count(20)  # epochs of the stage, at most
+    same_compute: bool = switch(False)  # divide epochs by T, rounded up, so that stages take equally long
     # lower the thresholds with T, so that neurons fire as often per timestep as before; otherwise lower T alone, as the
     # paper does
-    keep_rates: bool = True
-    optimizer: str = "adam"  # adam or sgd (with Nesterov momentum 0.9)
-    learning_rate: float = 1e-4  # learning rate at the start; it falls to 0 along half a cosine
-    weight_decay: float = 0.0  # weight decay; biases and batch-norm have none
-    label_smoothing: float = 0.1  # share of a label's weight that is spread over all classes
-    distillation_weight: float = 0.0  # weight of the ANN's predictions in the loss, from 0 to 1; labels have the rest
-    patience: int | None = None  # end the stage after this many epochs without a better validation; None: never
+    keep_rates: bool = switch(True)
+    optimizer: str = choice("adam", *OPTIMIZERS)  # adam or sgd (with Nesterov momentum 0.9)
+    learning_rate: float = amount(1e-4)  # learning rate at the start; it falls to 0 along half a cosine
+    weight_decay: float = amount(0.0)  # weight decay; biases and batch-norm have none
+    label_smoothing: float = fraction(0.1)  # share of a label's weight that is spread over all classes
+    # weight of the ANN's predictions in the loss, from 0 to 1; labels have the rest
+    distillation_weight: float = fraction(0.0)
+    patience: int | None = count(None)  # end the stage after this many epochs without a better validation; None: never
 
 
 @dataclass(frozen=True)
@@ -61,46 +65,35 @@ class VisionRecipe:
     name: str
     dataset: str  # cifar10, cifar100 or imagenet-1k, or a folder with train/CLASS/IMAGE and test/CLASS/IMAGE
     model: str  # vgg6, vgg16 or resnet20
-    image_size: int = 32  # height and width of the images in pixels
-    convert: bool = False  # convert images that are not RGB; otherwise they are refused
-    width: float = 1.0  # factor for the model's numbers of channels
-    batch_norm: bool = True  # batch-norm in the ANN; it is folded into the spiking network
-    dropout: float = 0.0  # share of activations that dropout sets to 0
-    augmentation: str = "crop-flip"  # crop-flip, resized-crop-flip or none
-    validation_images: int = 5_000  # training images to hold out, which choose checkpoints and end stages early
-    calibration_images: int = 1_000  # validation images that set the thresholds in the conversion
-    batch_size: int = 128  # images per gradient step, of all processes together
+    image_size: int = count(32)  # height and width of the images in pixels
+    convert: bool = switch(False)  # convert images that are not RGB; otherwise they are refused
+    width: float = positive(1.0)  # factor for the model's numbers of channels
+    batch_norm: bool = switch(True)  # batch-norm in the ANN; it is folded into the spiking network
+    dropout: float = fraction(0.0)  # share of activations that dropout sets to 0
+    augmentation: str = choice("crop-flip", *AUGMENTATIONS)  # crop-flip, resized-crop-flip or none
+    validation_images: int = count(5_000)  # training images to hold out, which choose checkpoints and end stages early
+    calibration_images: int = count(1_000)  # validation images that set the thresholds in the conversion
+    batch_size: int = count(128)  # images per gradient step, of all processes together
     ann: AnnTraining = field(default_factory=AnnTraining)
     snn: SnnTraining = field(default_factory=SnnTraining)
     schedule: tuple[int, ...] = (5, 4, 3, 2, 1)  # timesteps per image (T) of each spiking stage, in decreasing order
     # epochs of all spiking stages together, divided equally; None: each stage has snn.epochs
-    total_snn_epochs: int | None = None
+    total_snn_epochs: int | None = count(None)
     # add a last stage that sets this share of each layer's weights to 0, the smallest ones; 0: no such stage
-    sparsity: float = 0.0
-    max_images: int | None = None  # use only this many images of each split, to try things out; None: all
-    cpu_threads: int | None = None  # CPU threads of torch; None: torch decides
+    sparsity: float = fraction(0.0)
+    max_images: int | None = count(None)  # use only this many images of each split, to try things out; None: all
+    cpu_threads: int | None = count(None)  # CPU threads of torch; None: torch decides
 
     def __post_init__(self) -> None:
         check_plain(self.as_dict())
         check_schedule(self.schedule)
-        if not self.width > 0:
-            raise ValueError(f"width must be > 0, got {self.width}")
-        check_numbers(self, fractions={"sparsity", "dropout", "leak", "label_smoothing", "distillation_weight"})
+        check_fields(self)
         if self.total_snn_epochs is not None and self.total_snn_epochs < len(self.schedule):
             raise ValueError(
                 f"total_snn_epochs must be >= {len(self.schedule)}, one for each stage, got {self.total_snn_epochs}"
             )
         if self.sparsity == 1:
             raise ValueError("sparsity must be < 1: no weight would be left")
-        if not 0 < self.snn.percentile <= 100:
-            raise ValueError(f"snn.percentile must lie in (0, 100], got {self.snn.percentile}")
-        for value, known, name in (
-            (self.augmentation, AUGMENTATIONS, "augmentation"),
-            (self.ann.optimizer, OPTIMIZERS, "ann.optimizer"),
-            (self.snn.optimizer, OPTIMIZERS, "snn.optimizer"),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         if self.calibration_images > self.validation_images:
             raise ValueError(
                 f"calibration_images must be <= validation_images ({self.validation_images}), of which they are, "

@@ -12,6 +12,7 @@ import sys
 import time
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -151,9 +152,11 @@ def test_the_card_of_an_agent_without_a_recipe_builds_its_environment(console: C
 
 def test_an_environment_that_no_id_builds_is_named(console: Console, run: Path) -> None:
     """The recipe's environment has an id, but wrappers around it: the id alone is refused, and the function taken."""
-    done = console("train", "my_recipes:POSITIONS", "--smoke", "--device", "cpu", "--schedule", "1")
-    assert done.returncode == 0, done.stderr
-    file = "runs/positions-smoke/seed-0/T1/policy.safetensors"
+    names: dict[str, Any] = {}
+    exec(RECIPE, names)
+    agent = SpikingDQN("MlpPolicy", names["make_positions"](1, seed=0), buffer_size=100, device="cpu")
+    file = "positions.safetensors"
+    save_policy(agent, console.folder / file, {"recipe": "positions", "env_id": "CartPole-v1", "env_kwargs": {}})
     refused = console("evaluate", file, "--episodes", "1")
     assert refused.returncode == 2
     assert "that of CartPole-v1 is Box" in refused.stderr
@@ -167,7 +170,7 @@ def test_an_environment_that_no_id_builds_is_named(console: Console, run: Path) 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["fly"], "unknown command 'fly'; there are train, evaluate, "),
+        (["fly"], f"unknown command 'fly'; there are {', '.join(COMMANDS)}"),
         (
             ["train"],
             "say which recipe: MODULE:RECIPE, or a name in RECIPES of the package agents in the current folder",
@@ -221,20 +224,26 @@ def test_a_field_that_cannot_be_is_one_line(
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize(
-    ("package", "words", "extra"),
-    [
+def test_missing_packages_are_named(console: Console) -> None:
+    """In one process, from whose start on they are missing."""
+    cases = [
         ("tyro", ["train", "my_recipes:TINY"], "scripts"),
         ("imageio", ["watch", "none"], "scripts"),
         ("matplotlib", ["report", "none"], "scripts"),
         ("ray", ["sweep", "my_recipes:TINY"], "sweep"),
         ("tyro", ["vision", "vgg6-cifar10"], "scripts"),
-    ],
-)
-def test_a_missing_package_is_named(package: str, words: list[str], extra: str, console: Console) -> None:
-    done = console(*words, before=f"sys.modules[{package!r}] = None")
-    assert done.stderr == f"error: this command needs {package}: pip install 'snn_rl[{extra}]'\n"
-    assert (done.returncode, done.stdout) == (2, "")
+    ]
+    missing = f"sys.modules.update(dict.fromkeys({[package for package, _, _ in cases]}))"
+    commands = [words for _, words, _ in cases]
+    each = f"from snn_rl.cli import main\nsys.exit([main(words) for words in {commands}] != [2] * 5)"
+    done = console(before=f"{missing}\n{each}")
+    assert done.returncode == 0, done.stderr
+    # of a sweep's packages, those two are missing
+    named = ["tyro", "imageio", "matplotlib", "ray and tyro", "tyro"]
+    assert done.stderr.splitlines() == [
+        f"error: this command needs {package}: pip install 'snn_rl[{extra}]'"
+        for package, (_, _, extra) in zip(named, cases, strict=True)
+    ]
 
 
 def test_a_help_needs_no_more_than_the_command_line(console: Console) -> None:

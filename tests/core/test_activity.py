@@ -103,6 +103,37 @@ def test_a_sum_carries_the_spikes_of_both_branches() -> None:
     assert measured.snn_ops == pytest.approx(16 + 0.5 * 16 + 0.75 * 16)
 
 
+def test_analogue_values_and_spikes_that_enter_one_synapse_by_hand() -> None:
+    class Mixed(nn.Module):
+        """An image and a vector side by side, and a shortcut of the vector around a layer of spikes."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.a, self.b, self.c = nn.Conv2d(2, 3, 3), nn.Linear(17, 5), nn.Linear(5, 5), nn.Linear(9, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            image, vector = x[:, :32].unflatten(1, (2, 4, 4)), x[:, 32:]
+            image = torch.relu(self.conv(image)).flatten(1)  # 12 neurons
+            hidden = torch.relu(self.a(torch.cat([vector, image], 1))) + vector
+            both = torch.cat([image[:, 3:5], torch.relu(self.b(hidden)), image[:, :1], vector[:, 4:]], 1)
+            return self.c(both)
+
+    net = to_spiking(Mixed(), torch.randn(16, 37), timesteps=3)
+    conv_lif, a_lif, b_lif = net.lif_layers
+    measured = activity(net, {conv_lif: 0.5, a_lif: 0.25, b_lif: 0.125}, (37,))
+    conv, a, b, c = 12 * 18, 17 * 5, 25, 9 * 2
+    assert measured.ann_ops == conv + a + b + c
+    # of `a` 5 inputs are analogue and 12 spike; `b` gets both on each; of `c` 3 + 5 spike, and 1 is analogue
+    dense = conv + 5 * 5 + b + 2
+    additions = 12 * 5 * 0.5 + b * 0.25 + 2 * (3 * 0.5 + 5 * 0.125)
+    assert measured.snn_ops == pytest.approx(dense + additions)
+    energy = 4.6 * dense + 0.9 * additions
+    assert measured.ann_over_snn == pytest.approx(4.6 * (conv + a + b + c) / energy)
+    # weights that spikes reach are read at each of 3 micro-steps
+    assert measured.memory_accesses.weights == pytest.approx(3 * 2 * 9 + 5 * 5 + 3 * 12 * 5 + 3 * b + 3 * 16 + 2)
+    assert measured.mean == pytest.approx((12 * 0.5 + 5 * 0.25 + 5 * 0.125) / 22)
+
+
 def test_rates_must_name_the_layers() -> None:
     with pytest.raises(ValueError, match="rates must name the LIF layers"):
         activity(network(), {"conv": 0.5}, (2, 8, 8))

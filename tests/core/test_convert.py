@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,6 +66,82 @@ def test_with_many_timesteps_the_network_is_the_ann(residual: nn.Module) -> None
         ]
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] < 0.01 * expected.abs().max().item()
+
+
+def dense_block(m: nn.ModuleList, x: Tensor) -> Tensor:
+    """As DenseNet: each layer sees all that came before it, spikes and the analogue input among them."""
+    seen = [x]
+    for layer in m[:2]:
+        seen.append(torch.relu(layer(torch.cat(seen, 1))))
+    return m[2](torch.cat([*seen, seen[1] + x], dim=-1))
+
+
+def shuffled(m: nn.ModuleList, x: Tensor) -> Tensor:
+    """Parts of a signal that go different ways: by `split`, by slices of images, by entries."""
+    left, right = x.split([3, 3], dim=1)
+    spikes = torch.relu(torch.concat((m[0](torch.cat([left, x.narrow(1, 3, 3)], 1)), m[1](x)), dim=1))
+    image = spikes.view(x.size(0), 3, 2, 2)
+    pooled = F.avg_pool2d(torch.relu(image[:, :, :1]), (1, 2))[:, :, 0, 0]  # a ReLU of spikes, and its output pooled
+    return m[2](torch.cat([pooled, torch.unflatten(right, 1, (3, 1))[..., 0]], 1))
+
+
+def two_branches(m: nn.ModuleList, x: Tensor) -> Tensor:
+    """What a ReLU gets is a concatenation of currents, a spike's way around, and the output of it all."""
+    spikes = torch.relu(m[0](x[:, :6]))
+    again = torch.relu(torch.cat([m[1](spikes), spikes[:, 0:1], x[:, None, 5]], axis=1))
+    return torch.cat([m[2](x), again.reshape(-1, 4, 2).flatten(1)], 1)
+
+
+@pytest.mark.parametrize(
+    ("forward", "layers"),
+    [
+        (dense_block, ((6, 6), (12, 5), (23, 3))),
+        (shuffled, ((6, 6), (6, 6), (6, 3))),
+        (two_branches, ((6, 6), (6, 6), (6, 3))),
+    ],
+)
+def test_concatenations_and_slices_converge_to_the_ann(forward: Callable[..., Tensor], layers: Any) -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(*sizes) for sizes in layers)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return forward(self.layers, x)
+
+    torch.manual_seed(0)
+    ann, x = Branches().double(), torch.randn(64, 6).double()
+    with torch.no_grad():
+        expected = ann(x)
+        for rescale in (True, False):
+            errors = []
+            for timesteps in (6, 60, 600):
+                network = to_spiking(ann, x, 100.0, timesteps, leak=1.0, rescale=rescale).eval()
+                out = network(x)[0]
+                frames, starts = torch.stack([x, x.flip(0)]), torch.ones(2, 64)  # the same, frame by frame
+                torch.testing.assert_close(network.unroll(frames, None, starts)[0], torch.stack([out, out.flip(0)]))
+                errors.append((out - expected).abs().max().item())
+            assert errors[0] > errors[1] > errors[2]
+            assert errors[2] < 0.01 * expected.abs().max().item()
+
+
+def test_what_is_concatenated_has_one_scale_and_spikes_stay_spikes() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(11, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(torch.cat([x, torch.relu(self.a(x)), torch.relu(self.b(x))], 1))
+
+    torch.manual_seed(0)
+    ann, x = Mixed(), torch.randn(256, 3)
+    network = to_spiking(ann, x, 90.0)
+    # one threshold is the scale: the input and the other layer's spikes have gains, the first layer's spikes have none
+    with torch.no_grad():
+        a, b = (torch.quantile(layer(x), 0.9).item() for layer in (ann.a, ann.b))
+    gains = sorted(module.factor.item() for module in network.modules() if isinstance(module, Gain))
+    assert gains == pytest.approx(sorted([1 / a, b / a]), rel=1e-3)
 
 
 @pytest.mark.parametrize("make", [mlp, Residual])
@@ -210,8 +287,16 @@ class Forward(nn.Module):
         (lambda m, x: m.fc2(torch.relu(m.fc1(x)) + 1.0), "cannot convert node 'add'.*constants into a bias"),
         (lambda m, x: m.fc2(torch.relu(m.fc1(x)) * 2), "cannot convert node 'mul'"),
         (lambda m, x: m.fc1(torch.relu(m.fc1(x))), "'fc1' is used twice; give each use its own layer"),
-        (lambda m, x: m.fc2(torch.cat([torch.relu(m.fc1(x))[:, :2]] * 2, 1)), "cannot convert node 'getitem'"),
-        (lambda m, x: m.fc2(torch.relu(m.fc1(x)).view(-1, 2, 2).flatten(1)), "cannot convert node 'view'"),
+        (lambda m, x: m.fc2(torch.relu(m.fc1(x))[:2]), "cannot convert node 'getitem'.*take slices"),
+        (lambda m, x: m.fc2(torch.relu(m.fc1(x))[:, x[0] > 0]), "cannot convert node 'getitem'"),
+        (lambda m, x: m.fc2(torch.relu(m.fc1(x))[:, [1, 0, 2, 3]]), "cannot convert node 'getitem'"),
+        (lambda m, x: m.fc2(torch.relu(m.fc1(x))[..., :1, :]), "cannot convert node 'getitem'"),
+        (lambda m, x: m.fc2(torch.cat([torch.relu(m.fc1(x))] * 2)), "cannot convert node 'cat'.*not along the batch"),
+        (lambda m, x: m.fc2(torch.relu(m.fc1(x)).split(2)[0]), "cannot convert node 'split'"),
+        (lambda m, x: m.fc2(torch.relu(m.fc1(x)).chunk(2, 1)[0]), "cannot convert node 'chunk'"),
+        (lambda m, x: m.fc2(torch.relu(m.fc1(x)).narrow(0, 0, 2)), "cannot convert node 'narrow'"),
+        (lambda m, x: m.fc2(torch.relu(m.fc1(x)).view(2, -1, 4)), "cannot convert node 'view'.*keep the batch"),
+        (lambda m, x: m.fc2(torch.relu(m.fc1(x)).view(x.size(1), x.size(0))), "cannot convert node 'getitem|size"),
         (lambda m, x: m.fc2(torch.relu(m.fc1(x)).mean(0, keepdim=True)), "cannot convert node 'mean'"),
         (lambda m, x: m.fc2(F.dropout(torch.relu(m.fc1(x)), 0.5)), "dropout that is always on"),
         (lambda m, x: (m.fc2(torch.relu(m.fc1(x))), x), "must return one tensor"),
