@@ -11,15 +11,16 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
-from stable_baselines3 import DQN
+from stable_baselines3 import DQN, PPO, SAC
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormalize
 from torch import nn
 from torch.fx.graph_module import _loader
 
 from envs.atari import make_atari
-from snn_rl import SpikingDQN, load_policy, save_policy
+from snn_rl import SpikingDQN, Student, load_policy, save_policy
 from snn_rl.rl import ConvExtractor, policy_file
 from snn_rl.rl.policy_file import FORMAT, check_space
 
@@ -80,6 +81,94 @@ def test_an_ann_and_a_convolutional_policy(tmp_path: Path) -> None:
         actions, loaded_state = policy.predict(obs)  # type: ignore[arg-type]
         np.testing.assert_array_equal(actions, expected)
         assert len(loaded_state) == len(state or ())
+
+
+class Acted(gym.Env[np.ndarray, Any]):
+    """Random observations, and actions of any space."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float32)
+
+    def __init__(self, action_space: gym.spaces.Space[Any]) -> None:
+        self.action_space = action_space
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.left = 7
+        return self.np_random.normal(5.0, 3.0, 3).astype(np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.left -= 1
+        return self.np_random.normal(5.0, 3.0, 3).astype(np.float32), 0.0, self.left == 0, False, {}
+
+
+BOX = gym.spaces.Box(np.array([-1, 0], np.float32), np.array([1, 9], np.float32))
+HEADS: dict[str, tuple[Any, gym.spaces.Space[Any], str]] = {
+    "values": (DQN, gym.spaces.Discrete(3), "values"),
+    "discrete": (PPO, gym.spaces.Discrete(3), "logits"),
+    "multi-discrete": (PPO, gym.spaces.MultiDiscrete([2, 3]), "logits"),
+    "bits": (PPO, gym.spaces.MultiBinary(4), "logits"),
+    "mean": (PPO, BOX, "mean"),
+    "squashed": (SAC, BOX, "squashed"),
+}
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("name", HEADS)
+def test_every_head_comes_back_with_its_statistics(name: str, normalized: bool, tmp_path: Path) -> None:
+    """An agent of SB3's, a spiking one and an ordinary one that it has taught: what was saved is what plays."""
+    algorithm, actions, head = HEADS[name]
+    plain = VecMonitor(DummyVecEnv([lambda: Acted(actions)] * 2))
+    env: Any = plain
+    if normalized:
+        env = VecNormalize(plain, clip_obs=1.25, epsilon=1e-3)
+        env.reset()
+        for _ in range(30):
+            env.step(np.array([actions.sample() for _ in range(2)]))
+        env.training = False
+    kwargs = {"net_arch": [12, 8], "activation_fn": nn.ReLU}
+    model = algorithm("MlpPolicy", env, policy_kwargs=kwargs, seed=0, device="cpu")
+    small: dict[str, Any] = {"buffer_size": 100, "seed": 0, "device": "cpu"}
+    spiking = Student.from_ann(model, plain, 2, leak=0.7, calibration_steps=40, **small)
+    ordinary = Student.fresh(model, plain, [10], **small)
+    raw = np.random.default_rng(0).normal(5.0, 3.0, (6, 40, 3)).astype(np.float32)
+    seen = env.normalize_obs(raw) if normalized else raw
+    for agent, timesteps in ((model, None), (spiking, 2), (ordinary, None)):
+        save_policy(agent, tmp_path / "policy.safetensors", {})
+        policy = load_policy(tmp_path / "policy.safetensors")
+        assert (policy.timesteps, policy.metadata["head"]) == (timesteps, head)
+        assert (policy.observation_space, policy.action_space) == (agent.observation_space, actions)
+        theirs: Any = None
+        ours: Any = None
+        for given, shown in zip(raw, seen if agent is model else raw, strict=True):
+            expected, theirs = agent.predict(shown, theirs, deterministic=True)
+            acted, ours = policy.predict(given, ours)
+            np.testing.assert_allclose(acted, expected, rtol=0, atol=1e-6 if agent is model else 0)
+            for a, b in zip(ours, theirs or (), strict=True):
+                np.testing.assert_array_equal(a, b)
+        # the file alone, saved again
+        save_policy(policy, tmp_path / "again.safetensors", {})
+        assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "policy.safetensors").read_bytes()
+
+
+def test_statistics_of_another_shape_are_refused(tmp_path: Path) -> None:
+    env = VecNormalize(make_vec_env("CartPole-v1", 1))
+    env.reset()
+    path = tmp_path / "policy.safetensors"
+    save_policy(DQN("MlpPolicy", env, buffer_size=10, device="cpu"), path, {})
+    weights, metadata = load_file(path), load_policy(path).metadata
+    name = next(name for name in weights if name.endswith("mean"))
+    save_file({**weights, name: weights[name][:3].clone()}, path, metadata={FORMAT: json.dumps(metadata)})
+    with pytest.raises(ValueError, match="its weights do not fit its description"):
+        load_policy(path)
+    for wrong, message in (
+        ({"clip": -1.0, "epsilon": 1e-8}, "clip of the statistics must be a finite number >= 0, got -1.0"),
+        ({"clip": 10.0, "epsilon": float("inf")}, "epsilon of the statistics must be a finite number >= 0, got inf"),
+        ({"clip": 10.0}, "describes no policy that can be built"),
+        (None, "its weights do not fit its description"),
+    ):
+        save_file(weights, path, metadata={FORMAT: json.dumps({**metadata, "statistics": wrong})})
+        with pytest.raises(ValueError, match=message):
+            load_policy(path)
 
 
 def test_an_unknown_features_extractor_is_refused(tmp_path: Path) -> None:

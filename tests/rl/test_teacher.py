@@ -7,11 +7,13 @@ import pytest
 import torch
 from gymnasium import spaces
 from stable_baselines3 import DQN
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import VecFrameStack
+from torch import nn
 
 from envs.classic import make_cartpole
 from snn_rl import SpikingDQN
-from snn_rl.rl.teacher import StackedTeacher, frames_of
+from snn_rl.rl.teacher import StackedTeacher, frames_of, teacher_of
 
 FRAMES = 3
 
@@ -59,6 +61,31 @@ def test_it_labels_as_the_ann_values_sb3s_stack(ann: DQN) -> None:
         labels, state = teacher.label(frame, state, start)
         with torch.no_grad():
             torch.testing.assert_close(torch.as_tensor(labels), ann.q_net(torch.as_tensor(stack)))
+
+
+def test_a_teacher_labels_as_it_was_evaluated_and_is_left_as_it_was() -> None:
+    """A loaded agent is in training mode, where dropout is on and batch-norm would take in what it sees."""
+
+    class Moving(BaseFeaturesExtractor):
+        def __init__(self, space: spaces.Box) -> None:
+            super().__init__(space, 16)
+            self.layers = nn.Sequential(nn.Flatten(), nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.5))
+
+        def forward(self, obs: torch.Tensor) -> torch.Tensor:
+            return self.layers(obs)
+
+    kwargs = {"net_arch": [16], "features_extractor_class": Moving}
+    dqn = DQN("MlpPolicy", "CartPole-v1", policy_kwargs=kwargs, buffer_size=10, device="cpu", seed=0)
+    obs = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32)
+    dqn.policy.set_training_mode(True)
+    before = {name: value.clone() for name, value in dqn.policy.state_dict().items()}
+    labels, _ = teacher_of(dqn).label(obs)
+    assert dqn.q_net.training
+    for name, value in dqn.policy.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    dqn.policy.set_training_mode(False)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.as_tensor(labels), dqn.q_net(torch.as_tensor(obs)))
 
 
 def test_images_stack_along_their_channels() -> None:
