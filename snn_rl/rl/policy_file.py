@@ -32,7 +32,7 @@ from snn_rl.rl.features import ConvExtractor
 from snn_rl.rl.heads import HEADS, head_of, kind_of
 from snn_rl.rl.network import ActorNetwork, NumpyState, normalizer_of
 from snn_rl.rl.policy import AgentPolicy, SpikingDQNPolicy, check_forwards, no_schedule
-from snn_rl.rl.spaces import check_observation_space
+from snn_rl.rl.spaces import check_observation_space, in_one_line
 from snn_rl.rl.statistics import Statistics
 from snn_rl.rl.teacher import statistics_of
 
@@ -119,7 +119,10 @@ def check_storable(agent: BaseAlgorithm | BasePolicy | LoadedPolicy) -> None:
 
 def check_space(space: spaces.Space) -> None:
     """Raises ValueError for an observation or action space that a policy file cannot hold."""
-    _space_from_json(_space_to_json(space))
+    if _space_from_json(_space_to_json(space)) != space:
+        raise ValueError(
+            f"a policy file cannot give {in_one_line(space)} of {space.dtype} back; take the default dtype"
+        )
 
 
 def _described(agent: BaseAlgorithm | BasePolicy | LoadedPolicy) -> tuple[nn.Module, dict[str, Any]]:

@@ -96,10 +96,15 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class ForeignAgent:
-    """An agent from a zip: its policy, in evaluation mode, and the name of its algorithm, a key of `ALGORITHMS`."""
+    """An agent from a zip: its policy, in evaluation mode, and the name of its algorithm, a key of `ALGORITHMS`.
+
+    ``num_timesteps`` and ``n_updates`` say how long it was trained, where the file does; they are 0 otherwise.
+    """
 
     policy: BasePolicy
     algo: str
+    num_timesteps: int = 0
+    n_updates: int = 0
 
     @property
     def observation_space(self) -> spaces.Space:
@@ -155,7 +160,9 @@ def read_zip(
         raise UnsupportedSpaceError(f"{path}: {_one_line(error)}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {_one_line(error)}") from error
-    return ForeignAgent(policy.to(get_device(device)), name)
+    return ForeignAgent(
+        policy.to(get_device(device)), name, _count(data.get("num_timesteps")), _count(data.get("_n_updates"))
+    )
 
 
 # --- the file -----------------------------------------------------------------------------------------------------
@@ -622,6 +629,11 @@ class _Agent:
                 if self.weights[name].dim() > 1:
                     return self.weights[name]
         return None
+
+
+def _count(value: Any) -> int:
+    """A number of steps or updates from the file; 0 where it is none."""
+    return value if type(value) is int and 0 <= value < 2**63 else 0
 
 
 def _one_line(error: Exception) -> str:

@@ -157,7 +157,7 @@ def load_ann(this: Run, stage: Stage, path: Path) -> DQN:
     env = this.normalized_env(stage, 1, 0)
     normalize = unwrap_vec_normalize(env)
     try:
-        actor, statistics = _actor_of_file(this, path, env)
+        actor, statistics, (steps, updates) = _read_file(this, path, env)
         if statistics is None and normalize is not None and normalize.norm_obs:
             raise ValueError(
                 f"{path} holds no statistics of observations, which make_env of {this.recipe.name} normalizes; give "
@@ -182,6 +182,7 @@ def load_ann(this: Run, stage: Stage, path: Path) -> DQN:
         for q_net in (model.q_net, model.q_net_target):
             layers_of(q_net.features_extractor, q_net.q_net).load_state_dict(actor.network.state_dict())
         check_storable(model)
+        model.num_timesteps, model._n_updates = steps, updates
     except ValueError as error:
         named = str(error).startswith(str(path))
         raise ValueError(str(error) if named else f"{path} cannot take the ANN stage's place: {error}") from error
@@ -190,10 +191,14 @@ def load_ann(this: Run, stage: Stage, path: Path) -> DQN:
     return model
 
 
-def _actor_of_file(this: Run, path: Path, env: VecEnv) -> tuple[Actor, Statistics | None]:
-    """The actor, and the statistics by which its observations are normalised."""
+def _read_file(this: Run, path: Path, env: VecEnv) -> tuple[Actor, Statistics | None, tuple[int, int]]:
+    """The actor, the statistics by which its observations are normalised, and the steps and updates of its training.
+
+    These are 0 where the file does not tell them.
+    """
     if path.suffix != ".safetensors":
-        return actor_of(read_zip(path, env.observation_space, env.action_space, device=this.device).policy), None
+        agent = read_zip(path, env.observation_space, env.action_space, device=this.device)
+        return actor_of(agent.policy), None, (agent.num_timesteps, agent.n_updates)
     loaded = load_policy(path, this.device)
     recipe = loaded.metadata["provenance"].get("recipe")
     source = f"is of the recipe {recipe!r}, trained" if recipe else "was trained"
@@ -204,4 +209,4 @@ def _actor_of_file(this: Run, path: Path, env: VecEnv) -> tuple[Actor, Statistic
     teacher = teacher_of(loaded)
     if teacher.actor is None:
         raise ValueError(f"{path} holds a spiking agent; --ann takes an ANN: {ANN_FILES}")
-    return teacher.actor, teacher.statistics
+    return teacher.actor, teacher.statistics, (0, 0)

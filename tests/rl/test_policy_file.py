@@ -210,8 +210,8 @@ def test_provenance_that_a_file_cannot_hold_is_refused(agent: SpikingDQN, tmp_pa
         (gym.spaces.MultiDiscrete([2, 3], start=[0, 1]), "MultiDiscrete spaces of one axis, from 0 on"),
         (gym.spaces.MultiDiscrete([2, 2**17]), r"must lie in \[1, 65536\], got 131072"),
         (gym.spaces.MultiBinary(2**24 + 1), "1 to 16,777,216 entries"),
-        (gym.spaces.Dict(a=gym.spaces.Discrete(2)), "knows Box, Discrete, MultiDiscrete and MultiBinary spaces, not"),
-        (gym.spaces.Text(3), "knows Box, Discrete, MultiDiscrete and MultiBinary spaces, not"),
+        (gym.spaces.MultiDiscrete([2, 3], dtype=np.int32), "of int32 back; take the default dtype"),
+        (gym.spaces.Text(3), "knows Box, Discrete, MultiDiscrete, MultiBinary and Dict spaces, not Text"),
         (gym.spaces.Discrete(2**17), r"must lie in \[1, 65536\], got 131072"),
     ],
 )
@@ -225,6 +225,24 @@ def test_a_box_comes_back_as_it_was(dtype: Any) -> None:
     space = gym.spaces.Box(0, 1, (2, 3), dtype)
     check_space(space)
     assert policy_file._space_from_json(policy_file._space_to_json(space)) == space
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        gym.spaces.Discrete(3),
+        gym.spaces.MultiDiscrete([2, 5]),
+        gym.spaces.MultiBinary(4),
+        gym.spaces.MultiBinary((4,)),
+        gym.spaces.MultiBinary([2, 3]),
+        gym.spaces.Dict([("z", gym.spaces.Discrete(2)), ("a", gym.spaces.Box(0, 255, (3, 8, 8), np.uint8))]),
+        gym.spaces.Box(np.array([-1, -np.inf], np.float32), np.array([2, np.inf], np.float32)),
+    ],
+    ids=str,
+)
+def test_other_spaces_come_back_as_they_were(space: gym.spaces.Space[Any]) -> None:
+    check_space(space)
+    assert policy_file._space_from_json(json.loads(json.dumps(policy_file._space_to_json(space)))) == space
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.uint64, np.int32])

@@ -271,7 +271,7 @@ def test_an_sb3_dqn_from_elsewhere_takes_the_anns_place(tmp_path: Path, monkeypa
     assert results["stages"][0]["parent"] == str(tmp_path / "mine.zip")
     monkeypatch.chdir(tmp_path)  # by whatever path it is named
     assert run(recipe, tmp_path / "run", 0, device="cpu", ann=Path("mine.zip")) == results
-    assert results["stages"][0]["env_steps"] == 60
+    assert (results["stages"][0]["env_steps"], results["stages"][0]["updates"]) == (60, dqn._n_updates)
     assert load_policy(tmp_path / "run" / "T1" / "policy.safetensors").metadata["net_arch"] == [24]
 
 
@@ -307,7 +307,7 @@ def test_dead_units_are_left_out_at_the_end_of_the_ann_stage(tmp_path: Path) -> 
     # the same play: by the whole network's own actions on the same seeds
     whole = run(tiny(schedule=(1,)), tmp_path / "whole", 0, device="cpu", ann=tmp_path / "dqn.zip")
     assert results["stages"][0]["eval"]["returns"] == whole["stages"][0]["eval"]["returns"]
-    assert DQN.load(tmp_path / "run" / "ann" / "model.zip").exploration_rate == dqn.exploration_rate
+    assert DQN.load(tmp_path / "run" / "ann" / "model.zip").exploration_rate == recipe.ann.exploration_eps
 
 
 def test_dead_are_units_in_the_same_play_for_the_same_seed(
@@ -612,7 +612,7 @@ def test_bad_device_ann_and_seed_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", ["model.zip", "policy.safetensors"])
 def test_a_spiking_agent_is_no_ann(finished: Path, tmp_path: Path, file: str) -> None:
-    with pytest.raises(ValueError, match=rf"{file} holds a spiking agent; --ann takes an ANN"):
+    with pytest.raises(ValueError, match=rf"{file}(: it is| holds) a spiking agent"):
         run(tiny(), tmp_path, device="cpu", ann=finished / "T1" / file)
 
 

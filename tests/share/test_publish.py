@@ -55,12 +55,12 @@ def test_what_is_shipped_is_what_is_listed(finished: Path, tmp_path: Path, capsy
         dtype = torch.float16 if stage["precision"] == "half" else torch.float32
         assert {w.dtype for w in load_file(path).values()} == {dtype}
         trained = load_policy(finished / stage["stage"] / "policy.safetensors")
-        for name, weight in load_policy(path).policy.q_net.state_dict().items():
-            torch.testing.assert_close(weight, trained.policy.q_net.state_dict()[name], rtol=2e-3, atol=1e-6)
+        for name, weight in load_policy(path).policy.net.state_dict().items():
+            torch.testing.assert_close(weight, trained.policy.net.state_dict()[name], rtol=2e-3, atol=1e-6)
 
 
 def first_weight(policy: LoadedPolicy) -> torch.Tensor:
-    return next(iter(policy.policy.q_net.state_dict().values()))
+    return next(iter(policy.policy.net.state_dict().values()))
 
 
 def test_weights_whose_rounding_changes_a_return_are_shipped_whole(finished: Path, tmp_path: Path) -> None:

@@ -217,7 +217,7 @@ def test_an_agent_of_ones_own_is_watched_in_the_environment_that_is_named(
 ) -> None:
     file, video = tmp_path / "own.safetensors", tmp_path / "play.gif"
     policy = load_policy(policy_file)
-    write_weights(file, policy.policy.q_net, FORMAT, {**policy.metadata, "provenance": {"recipe": "mine"}})
+    write_weights(file, policy.policy.net, FORMAT, {**policy.metadata, "provenance": {"recipe": "mine"}})
     assert main([str(file), "--video", str(video)]) == 2
     assert "made by the recipe 'mine'" in capsys.readouterr().err
     assert main([str(file), "--video", str(video), "--env-id", "CartPole-v1", "--steps", "4"]) == 0
