@@ -66,6 +66,13 @@ def check_observation_space(observation_space: spaces.Space) -> None:
     """Check that an agent can observe this space, as `check_spaces` says. Raises UnsupportedSpaceError."""
     is_dict = isinstance(observation_space, spaces.Dict)
     parts = observation_space.spaces if is_dict else {"": observation_space}  # type: ignore[attr-defined]
+    images = {key: part for key, part in parts.items() if is_image_space(part)}
+    first = {key: is_image_space_channels_first(part) for key, part in images.items()}  # type: ignore[arg-type]
+    if len(set(first.values())) > 1:  # SB3 transposes all or none
+        raise UnsupportedSpaceError(
+            "the images of a Dict must have their channels first in all, or last in all, got first: "
+            f"{first}; transpose some in a gymnasium.ObservationWrapper"
+        )
     if not parts:
         raise UnsupportedSpaceError("observations must have a part, got an empty Dict; the agent cannot learn from it")
     for key, part in parts.items():

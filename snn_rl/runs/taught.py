@@ -31,7 +31,8 @@ def converts(teacher: Teacher) -> bool:
 
     It must convert, and have no layer so narrow that few spikes would have to say everything.
     """
-    return teacher.actor is not None and teacher.actor.converts and min(teacher.actor.net_arch) >= LEAST_UNITS
+    actor = teacher.actor
+    return actor is not None and actor.converts and min(actor.net_arch, default=LEAST_UNITS) >= LEAST_UNITS
 
 
 def student_options(config: SnnConfig, num_envs: int) -> dict[str, Any]:

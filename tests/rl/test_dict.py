@@ -586,6 +586,15 @@ def test_keys_that_cannot_name_a_layer(key: str) -> None:
         check_observation_space(spaces.Dict())
 
 
+def test_images_of_both_layouts_are_refused() -> None:
+    """SB3 transposes all images of a Dict, and raises an error for one that needs none."""
+    space = spaces.Dict(a=IMAGE, b=spaces.Box(0, 255, (3, 36, 40), np.uint8))
+    with pytest.raises(
+        UnsupportedSpaceError, match=r"first in all, or last in all, got first: {'a': False, 'b': True}"
+    ):
+        SpikingDQN("MultiInputPolicy", Env(space, THREE))
+
+
 def test_statistics_of_parts() -> None:
     """As VecNormalize does: given keys alone, in double precision, clipped."""
     _, env = normalised_ppo()
@@ -599,3 +608,26 @@ def test_statistics_of_parts() -> None:
     np.testing.assert_array_equal(parts["arm"].numpy(), expected["arm"])
     np.testing.assert_array_equal(parts["camera"].numpy(), observations["camera"])
     assert parts["camera"].dtype == torch.uint8
+
+
+def test_a_teacher_with_an_lstm_labels_dicts() -> None:
+    recurrent_ppo = pytest.importorskip("sb3_contrib").RecurrentPPO
+    model = recurrent_ppo(
+        "MultiInputLstmPolicy", venv(SMALL_IMAGES), n_steps=8, batch_size=8, policy_kwargs={**SMALL}, device="cpu"
+    )
+    randomise(model.policy)
+    env = venv(SMALL_IMAGES)
+    options = {k: v for k, v in STUDENT.items() if k != "calibration_steps"}
+    student = Student.fresh(model, env, [16], **options)
+    student.collect(student.teacher, 40)
+    assert student.replay_buffer is not None
+    labels = student.replay_buffer.labels
+    # SB3's own, frame by frame, of what the first environment showed
+    shown = student.env.unwrapped.envs[0].shown[:9]  # type: ignore[union-attr, attr-defined]
+    state, start = None, np.ones(1, dtype=bool)
+    for i, one in enumerate(shown):
+        obs = {key: part[None] for key, part in one.items()}
+        action, state = model.predict(obs, state, start, deterministic=True)
+        start = np.zeros(1, dtype=bool)
+        assert labels[0, i].argmax() == action[0]
+    assert len({labels[0, i].argmax() for i in range(9)}) > 1

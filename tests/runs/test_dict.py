@@ -1,0 +1,146 @@
+"""Dict observations through whole runs: a given agent, a recipe's own DQN, and what is refused before any of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium import spaces
+from stable_baselines3 import PPO
+from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormalize
+from torch import nn
+
+from snn_rl import load_policy
+from snn_rl.cli import main
+from snn_rl.rl.restarts import RestartingVecEnv
+from snn_rl.runs.distil import distil
+from snn_rl.runs.recipe import FRESH, SPIKING
+
+ENV_ID = "snn_rl_tests/Dict-v0"
+SPACE = spaces.Dict(camera=spaces.Box(0, 255, (36, 40, 1), np.uint8), arm=spaces.Box(-1, 1, (3,), np.float32))
+
+
+class Reach(gym.Env[Any, Any]):
+    """Random observations; the reward is 1 where the action is the sign of the arm's first entry."""
+
+    action_space = spaces.Discrete(2)
+
+    def __init__(self, part: spaces.Space[Any] | None = None) -> None:
+        more = {} if part is None else {"part": part}
+        self.observation_space = spaces.Dict({**SPACE.spaces, **more})
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        if seed is not None:
+            self.observation_space.seed(seed)
+        self.steps = 0
+        self.obs = self.observation_space.sample()
+        return self.obs, {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        reward = float((self.obs["arm"][0] > 0) == action)
+        self.steps += 1
+        self.obs = self.observation_space.sample()
+        return self.obs, reward, self.steps == 8, False, {}
+
+
+@pytest.fixture(autouse=True)
+def registered() -> Iterator[None]:
+    gym.register(ENV_ID, Reach)
+    yield
+    del gym.registry[ENV_ID]
+
+
+def venv() -> VecMonitor:
+    return VecMonitor(DummyVecEnv([Reach] * 2))
+
+
+def trained(env: Any, activation: type[nn.Module]) -> PPO:
+    kwargs = {"net_arch": [64], "activation_fn": activation, "features_extractor_kwargs": {"cnn_output_dim": 4}}
+    model = PPO("MultiInputPolicy", env, n_steps=16, batch_size=16, policy_kwargs=kwargs, device="cpu", seed=0)
+    model.learn(32)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("activation", "stages"), [(nn.ReLU, ["teacher", "T2", "T1"]), (nn.Tanh, ["teacher", "ann", "T1"])]
+)
+def test_a_zip_of_a_normalised_agent_spikes(activation: type[nn.Module], stages: list[str], tmp_path: Path) -> None:
+    env = VecNormalize(venv(), norm_obs_keys=["arm"])
+    trained(env, activation).save(tmp_path / "ppo.zip")
+    env.save(str(tmp_path / "vecnormalize.pkl"))
+    words = ["spike", str(tmp_path / "ppo.zip"), "--env-id", ENV_ID, "--smoke", "--run-dir", str(tmp_path / "run")]
+    words += [
+        "--vecnormalize",
+        str(tmp_path / "vecnormalize.pkl"),
+        "--schedule",
+        *[s[1:] for s in stages if s[0] == "T"],
+    ]
+    assert main(words) == 0
+    found = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert [stage["stage"] for stage in found["stages"]] == stages
+    file = tmp_path / "run" / "T1" / "policy.safetensors"
+    policy = load_policy(file)
+    statistics = policy.policy.statistics
+    assert statistics is not None
+    np.testing.assert_array_equal(statistics.mean["arm"], env.obs_rms["arm"].mean)  # type: ignore[index]
+    assert main(["evaluate", str(file), "--episodes", "2"]) == 0
+    assert main(["export", str(file), str(tmp_path / "policy.nir")]) == 2
+
+
+def test_distil_in_a_program() -> None:
+    small = {"parent_steps": 64, "distillation_updates": 3, "env_steps": 32, "buffer_size": 200}
+    spiking, fresh = (dataclasses.replace(config, **small) for config in (SPIKING, FRESH))
+    env = VecNormalize(venv(), norm_obs_keys=["arm"])
+    distilled = distil(trained(env, nn.Tanh), env, (2, 1), episodes=2, net_arch=(64,), spiking=spiking, fresh=fresh)
+    assert [stage.name for stage in distilled.stages] == ["teacher", "ann", "T2", "T1"]
+    statistics = distilled.agent.policy.statistics
+    assert statistics is not None
+    np.testing.assert_array_equal(statistics.var["arm"], env.obs_rms["arm"].var)  # type: ignore[index]
+
+
+def test_bad_dicts_are_one_line_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained(venv(), nn.ReLU).save(tmp_path / "ppo.zip")
+    for part, message in (
+        (spaces.Text(4), "the observations 'part' must be Box, Discrete, MultiDiscrete or MultiBinary, got Text"),
+        (spaces.Dict(a=spaces.Discrete(2)), "the observations 'part' must not be a Dict in a Dict"),
+        (spaces.Box(0, 1, ()), "the observations 'part' must have an axis"),
+        (spaces.Discrete(2, start=1), "the observations 'part' must count from 0 on"),
+        (spaces.Discrete(2), "ppo.zip"),  # not the agent's space
+    ):
+        gym.register("snn_rl_tests/Bad-v0", Reach, kwargs={"part": part})
+        words = [
+            "spike",
+            str(tmp_path / "ppo.zip"),
+            "--env-id",
+            "snn_rl_tests/Bad-v0",
+            "--run-dir",
+            str(tmp_path / "run"),
+        ]
+        assert main(words) == 2
+        del gym.registry["snn_rl_tests/Bad-v0"]
+        error = capsys.readouterr().err
+        assert len(error.splitlines()) == 1, error
+        assert message in error
+        assert not (tmp_path / "run").exists()
+
+
+def test_restarting_environments_show_dicts() -> None:
+    env = RestartingVecEnv(venv(), venv(), every=3)
+    obs: Any = env.reset()
+    assert obs["camera"].shape == (4, 36, 40, 1)
+    for step in range(1, 4):
+        before = obs
+        obs, _, dones, infos = env.step(np.zeros(4, dtype=np.int64))
+        assert obs["arm"].shape == (4, 3)
+        assert dones.tolist() == [False, False, step == 3, step == 3]
+    del before
+    last = infos[2]["terminal_observation"]
+    assert last.keys() == SPACE.spaces.keys()
+    assert not np.array_equal(last["camera"], obs["camera"][2])  # which is of the next episode
