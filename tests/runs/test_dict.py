@@ -16,9 +16,11 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormalize
 from torch import nn
 
+from agents import RECIPES
 from snn_rl import load_policy
 from snn_rl.cli import main
 from snn_rl.rl.restarts import RestartingVecEnv
+from snn_rl.runs.agent import run
 from snn_rl.runs.distil import distil
 from snn_rl.runs.recipe import FRESH, SPIKING
 
@@ -31,9 +33,9 @@ class Reach(gym.Env[Any, Any]):
 
     action_space = spaces.Discrete(2)
 
-    def __init__(self, part: spaces.Space[Any] | None = None) -> None:
-        more = {} if part is None else {"part": part}
-        self.observation_space = spaces.Dict({**SPACE.spaces, **more})
+    def __init__(self, part: spaces.Space[Any] | None = None, *, camera: bool = True) -> None:
+        parts = {key: space for key, space in SPACE.spaces.items() if camera or key != "camera"}
+        self.observation_space = spaces.Dict(parts if part is None else {**parts, "part": part})
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
@@ -144,3 +146,36 @@ def test_restarting_environments_show_dicts() -> None:
     last = infos[2]["terminal_observation"]
     assert last.keys() == SPACE.spaces.keys()
     assert not np.array_equal(last["camera"], obs["camera"][2])  # which is of the next episode
+
+
+@pytest.mark.parametrize("rewards", [False, True])
+def test_a_recipe_trains_its_own_dqn(rewards: bool, tmp_path: Path) -> None:
+    def make(n: int, *, seed: int) -> VecMonitor:
+        env = VecMonitor(DummyVecEnv([lambda: Reach(spaces.Discrete(3), camera=False)] * n))
+        env.seed(seed)
+        return env
+
+    recipe = RECIPES["cartpole"].smoke()
+    recipe = dataclasses.replace(
+        recipe,
+        name="reach",
+        env_id=ENV_ID,
+        make_env=make,
+        env_kwargs={},
+        schedule=(2, 1),
+        network=dataclasses.replace(recipe.network, net_arch=(16,)),
+        snn=dataclasses.replace(recipe.snn, rewards=rewards, td_weight=float(rewards)),
+        ann=dataclasses.replace(recipe.ann, drop_dead_units=True),
+    )
+    with pytest.raises(ValueError, match=r"ann.drop_dead_units of reach must be False for Dict observations"):
+        run(recipe, tmp_path / "run", device="cpu")
+    recipe = dataclasses.replace(recipe, ann=dataclasses.replace(recipe.ann, drop_dead_units=False))
+    convolutional = dataclasses.replace(recipe.network, convolutions=((4, 3, 2),))
+    with pytest.raises(ValueError, match="ConvExtractor needs observations"):
+        run(dataclasses.replace(recipe, network=convolutional), tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+    results = run(recipe, tmp_path / "run", device="cpu")
+    assert [stage["stage"] for stage in results["stages"]] == ["ann", "T2", "T1"]
+    for stage in ("ann", "T2", "T1"):
+        space = load_policy(tmp_path / "run" / stage / "policy.safetensors").observation_space
+        assert isinstance(space, spaces.Dict)
