@@ -109,6 +109,16 @@ def _why_not_observed(space: spaces.Space) -> tuple[str, str] | None:
     return None
 
 
+def same_order(first: spaces.Space, second: spaces.Space) -> bool:
+    """Whether the keys of equal ``Dict`` spaces come in one order, which gymnasium does not compare.
+
+    It is the order of the columns behind a features extractor. True of any other spaces.
+    """
+    if isinstance(first, spaces.Dict) and isinstance(second, spaces.Dict):
+        return list(first.spaces) == list(second.spaces)
+    return True
+
+
 def channels_first(space: spaces.Space) -> spaces.Space:
     """The observation space that SB3's algorithms see: they transpose images whose channels are last."""
     if isinstance(space, spaces.Dict):  # a new one might sort its keys, whose order is that of the network's inputs

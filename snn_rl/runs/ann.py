@@ -22,6 +22,7 @@ from snn_rl.rl.heads import QValues
 from snn_rl.rl.network import layers_of
 from snn_rl.rl.policy_file import check_storable, load_policy
 from snn_rl.rl.replay import frame_stack_of
+from snn_rl.rl.spaces import same_order
 from snn_rl.rl.statistics import Statistics
 from snn_rl.rl.teacher import Observations, statistics_of
 from snn_rl.rl.zips import read_zip
@@ -201,7 +202,7 @@ def _actor_of_file(this: Run, path: Path, env: VecEnv) -> tuple[Actor, Statistic
     source = f"is of the recipe {recipe!r}, trained" if recipe else "was trained"
     for name in ("observation_space", "action_space"):
         ours, theirs = getattr(loaded, name), getattr(env, name)
-        if ours != theirs:
+        if ours != theirs or not same_order(ours, theirs):
             raise ValueError(f"{path} {source} with {name} {ours}, but {this.recipe.name} has {theirs}")
     teacher = teacher_of(loaded)
     if teacher.actor is None:

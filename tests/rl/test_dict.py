@@ -17,7 +17,7 @@ from gymnasium import spaces
 from stable_baselines3 import A2C, DQN, PPO, SAC
 from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecFrameStack, VecMonitor, VecNormalize
 from torch import Tensor, nn
 
 from snn_rl import SpikingDQN, load_policy, save_policy, to_spiking
@@ -361,6 +361,21 @@ def test_spiking_dqn_learns_a_dict_environment() -> None:
     assert agent.policy.features_extractor_class is CombinedExtractor
     agent.learn(3000)
     assert evaluate(agent, venv(space, spaces.Discrete(2)), 10).mean > 8  # of 9; a guess gets 4.5
+
+
+def test_frames_that_sb3_stacks_in_a_dict_are_stored_whole() -> None:
+    env = VecFrameStack(venv(SMALL_IMAGES), 3, channels_order="last")
+    agent = SpikingDQN("MultiInputPolicy", env, policy_kwargs={**SMALL}, buffer_size=200, seed=0, device="cpu")
+    assert agent.observation_space["camera"].shape == (9, 36, 40)  # type: ignore[index]
+    agent.learn(60)
+    buffer = agent.replay_buffer
+    assert buffer is not None
+    assert buffer.frame_stack == 1
+    windows = buffer.sample_windows(4, 3)
+    images = agent.q_net.flat.decode(windows.observations.flatten(0, 1))["camera"].unflatten(0, (3, 4))  # type: ignore[union-attr]
+    follows = ~windows.episode_start[1:]
+    assert follows.any()
+    torch.testing.assert_close(images[1:][follows][:, :6], images[:-1][follows][:, 3:])  # each moves on by a frame
 
 
 def test_spiking_dqn_goes_on_after_saving(tmp_path: Path) -> None:

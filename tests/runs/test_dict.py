@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,12 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium import spaces
-from stable_baselines3 import PPO
+from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormalize
 from torch import nn
 
 from agents import RECIPES
-from snn_rl import load_policy
+from snn_rl import load_policy, save_policy
 from snn_rl.cli import main
 from snn_rl.rl.restarts import RestartingVecEnv
 from snn_rl.runs.agent import run
@@ -179,3 +180,30 @@ def test_a_recipe_trains_its_own_dqn(rewards: bool, tmp_path: Path) -> None:
     for stage in ("ann", "T2", "T1"):
         space = load_policy(tmp_path / "run" / stage / "policy.safetensors").observation_space
         assert isinstance(space, spaces.Dict)
+
+
+def test_an_ann_of_a_dict_in_another_order_is_refused(tmp_path: Path) -> None:
+    """The keys' order is that of the columns behind the features extractor, and gymnasium does not compare it."""
+    parts = [("arm", SPACE["arm"]), ("part", spaces.Discrete(3))]
+
+    def env_in(order: list[tuple[str, Any]]) -> Any:
+        env = Reach(spaces.Discrete(3), camera=False)
+        env.observation_space = spaces.Dict(OrderedDict(order))
+        return env
+
+    dqn = DQN("MultiInputPolicy", env_in(parts), policy_kwargs={"net_arch": [16]}, buffer_size=1, device="cpu")
+    save_policy(dqn, tmp_path / "ann.safetensors", {})
+    recipe = RECIPES["cartpole"].smoke()
+
+    def make(order: list[tuple[str, Any]]) -> Any:
+        return lambda n, *, seed: VecMonitor(DummyVecEnv([lambda: env_in(order)] * n))
+
+    same, other = (
+        dataclasses.replace(recipe, name="reach", env_id=ENV_ID, make_env=make(order), env_kwargs={}, schedule=(1,))
+        for order in (parts, parts[::-1])
+    )
+    with pytest.raises(ValueError, match=r"was trained with observation_space Dict\('arm'.*but reach has Dict\('part'"):
+        run(other, tmp_path / "run", device="cpu", ann=tmp_path / "ann.safetensors")
+    assert not (tmp_path / "run").exists()
+    results = run(same, tmp_path / "run", device="cpu", ann=tmp_path / "ann.safetensors")
+    assert [stage["stage"] for stage in results["stages"]] == ["ann", "T1"]
