@@ -28,7 +28,7 @@ from snn_rl.rl.network import NumpyState, StatefulNetwork
 from snn_rl.rl.policy import StatefulPolicy
 from snn_rl.rl.policy_file import save_policy
 from snn_rl.rl.replay import SequenceReplayBuffer, Windows, frame_stack_of
-from snn_rl.rl.spaces import in_one_line
+from snn_rl.rl.spaces import in_one_line, same_order
 from snn_rl.rl.teacher import Observations, Player, Teacher, named, normalizes, statistics_of, teacher_of
 
 SelfLearner = TypeVar("SelfLearner", bound="RecurrentLearner")
@@ -538,7 +538,7 @@ def check_same_spaces(
 
     for name in ("observation_space", "action_space"):
         has, wants = getattr(ours, name), getattr(theirs, name, None)
-        if isinstance(has, spaces.Dict) and has == wants and list(has.spaces) != list(wants.spaces):
+        if has == wants and not same_order(has, wants):
             raise ValueError(
                 f"{we}'s observations are of {list(has.spaces)} in this order, but {they} {list(wants.spaces)}; build "
                 "the Dict as for that agent's training"

@@ -169,7 +169,8 @@ def teach(student: Student, parent: Student | Teacher, config: SnnConfig, update
 
 def _vectorised(env: VecEnv | gym.Env) -> VecEnv:
     venv = env if isinstance(env, VecEnv) else DummyVecEnv([lambda: env])
-    return transposed(venv if is_monitored(venv) else VecMonitor(venv))
+    venv = venv if is_monitored(venv) else VecMonitor(venv)
+    return venv if isinstance(venv, VecNormalize) else transposed(venv)  # which is on top, to be taken off
 
 
 def _without_normalization(env: VecEnv) -> tuple[VecEnv, Statistics | None]:
