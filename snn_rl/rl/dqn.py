@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from snn_rl.core.convert import DEFAULT_LEAK, DEFAULT_PERCENTILE
 from snn_rl.core.network import State
+from snn_rl.rl.actions import check_same_spaces
 from snn_rl.rl.losses import n_step_returns
 from snn_rl.rl.network import layers_of
 from snn_rl.rl.policy import (
@@ -27,7 +28,7 @@ from snn_rl.rl.policy import (
     StatefulPolicy,
     check_forwards,
 )
-from snn_rl.rl.recurrent import SPIKES_EVERY, RecurrentLearner, check_same_spaces
+from snn_rl.rl.recurrent import SPIKES_EVERY, RecurrentLearner
 from snn_rl.rl.replay import SequenceReplayBuffer, Windows
 from snn_rl.rl.spaces import check_spaces
 from snn_rl.rl.starts import convert_into, spread_into

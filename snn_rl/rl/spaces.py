@@ -1,4 +1,4 @@
-"""Which spaces a `SpikingDQN` learns in; it refuses the others before it builds anything."""
+"""The spaces that agents can learn in. Others are refused before anything is built."""
 
 from __future__ import annotations
 

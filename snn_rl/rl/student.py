@@ -14,9 +14,10 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from torch import Tensor
 
+from snn_rl.rl.actions import check_same_spaces
 from snn_rl.rl.heads import head_of, kind_of
 from snn_rl.rl.policy import AgentPolicy
-from snn_rl.rl.recurrent import SPIKES_EVERY, RecurrentLearner, check_same_spaces
+from snn_rl.rl.recurrent import SPIKES_EVERY, RecurrentLearner
 from snn_rl.rl.replay import SequenceReplayBuffer, Windows
 from snn_rl.rl.spaces import check_action_space, check_observation_space
 from snn_rl.rl.starts import convert_into, spread_into

@@ -1,4 +1,4 @@
-"""Whose play an agent learns from (any `Player`), and who says what should have been done (a `Teacher`)."""
+"""Teachers: agents that label what a student plays. A `Player` only plays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whose a folder is: a run binds it to its recipe, seed and ANN in ``run.json``, and no other run goes on in it."""
+"""A run owns its folder: ``run.json`` holds its recipe, its seed and its files, and no other run goes on there."""
 
 from __future__ import annotations
 

@@ -10,10 +10,10 @@ import gymnasium as gym
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor, VecNormalize, unwrap_vec_normalize
 
-from snn_rl.rl.environments import transposed
+from snn_rl.rl.actions import check_same_spaces
+from snn_rl.rl.environments import transposed, without_normalization
 from snn_rl.rl.evaluation import Evaluation, evaluate, is_fresh, is_monitored
 from snn_rl.rl.preferences import as_preferences
-from snn_rl.rl.recurrent import check_same_spaces
 from snn_rl.rl.spaces import check_observation_space
 from snn_rl.rl.statistics import Statistics
 from snn_rl.rl.student import Student
@@ -183,5 +183,5 @@ def _without_normalization(env: VecEnv) -> tuple[VecEnv, Statistics | None]:
             raise ValueError(
                 "the VecNormalize of env has no statistics yet; pass the one that the teacher was trained in"
             )
-        return transposed(env.venv), Statistics.of(env)
+        return transposed(without_normalization(env)), Statistics.of(env)
     raise ValueError("VecNormalize must be the outermost wrapper of the environment, where it can be taken off")

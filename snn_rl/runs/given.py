@@ -1,4 +1,4 @@
-"""A trained agent that a run was given: the zip of stable-baselines3 or sb3-contrib, and what it does not tell."""
+"""A trained agent that a run was given: its zip, and what the zip does not say."""
 
 from __future__ import annotations
 

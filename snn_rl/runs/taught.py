@@ -166,7 +166,7 @@ class Taught(AgentTraining):
         checkpoints.write()
 
     def _distil(self, checkpoints: Checkpoints) -> None:
-        """What is left of a stage's distillation, in pieces, each of which a kill leaves standing."""
+        """The rest of a stage's distillation, in pieces. A checkpoint follows each of them."""
         name, model, average, updates = self.stage.name, self.model, self.average, self.updates
         schedule = LinearSchedule(self.config.learning_rate, self.config.play_learning_rate, 1.0)
         model.set_logger(configure(str(self.folder), []))
