@@ -29,7 +29,7 @@ from snn_rl.rl.policy import StatefulPolicy
 from snn_rl.rl.policy_file import save_policy
 from snn_rl.rl.replay import SequenceReplayBuffer, Windows, frame_stack_of
 from snn_rl.rl.spaces import in_one_line, same_order
-from snn_rl.rl.teacher import Observations, Player, Teacher, named, normalizes, teacher_of
+from snn_rl.rl.teacher import Observations, Player, Teacher, named, normalizes, statistics_of, teacher_of
 
 SelfLearner = TypeVar("SelfLearner", bound="RecurrentLearner")
 
@@ -61,6 +61,7 @@ class RecurrentLearner(OffPolicyAlgorithm):
         self._teacher_state: Any = None  # likewise, of the teacher
         self._next_teacher_state: Any = None
         self._labels: np.ndarray | None = None  # of `_last_obs`, stored with the transition
+        self._pending = False  # an action was chosen, and its transition is not stored yet
         self._exploration: np.random.Generator | None = None
         self._captured: tuple[tuple[Any, ...], CapturedGradient] | None = None
         self._actor: Player | None = None  # who acts in place of this agent, while `collect` runs
@@ -163,6 +164,10 @@ class RecurrentLearner(OffPolicyAlgorithm):
     ) -> tuple[int, BaseCallback]:
         if self._needs_teacher and self._teacher is None and self._actor is None:  # said before the first step
             raise ValueError("distillation needs a teacher: assign an agent to `.teacher`")
+        if self._pending:  # a callback has stopped between a step and its storage: the environments have moved on
+            self._pending, self._last_obs, self._labels = False, None, None
+        if (reset_num_timesteps or self._last_obs is None) and self.replay_buffer is not None:
+            self.replay_buffer.open[:] = False  # the next observation begins an episode, whatever it looks like
         result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         assert self._last_episode_starts is not None
         if self._last_episode_starts.all():  # the environments were just reset, perhaps another number of them
@@ -174,6 +179,7 @@ class RecurrentLearner(OffPolicyAlgorithm):
     ) -> tuple[np.ndarray, np.ndarray]:
         actor: Player = self if self._actor is None else self._actor
         assert isinstance(self._last_obs, np.ndarray | dict)
+        self._pending = True
         starts, teacher = self._last_episode_starts, self._teacher
         if teacher is not None:
             seen = self._as_seen_by(teacher, self._last_obs)
@@ -221,6 +227,7 @@ class RecurrentLearner(OffPolicyAlgorithm):
             assert isinstance(replay_buffer, SequenceReplayBuffer)
             replay_buffer.label(self._labels)
             self._labels = None
+        self._pending = False
         # Here, where `_last_obs` moves on, and not earlier: a callback may stop the collection in between.
         self._last_state, self._teacher_state = self._next_state, self._next_teacher_state
         self._last_episode_starts = dones
@@ -260,6 +267,8 @@ class RecurrentLearner(OffPolicyAlgorithm):
             raise ValueError("collect needs an environment; call set_env, or pass env to load")
         assert self.replay_buffer is not None
         check_same_spaces(self, actor, "this agent", "the actor has")
+        if self._vec_normalize_env is None and not normalizes(actor) and statistics_of(actor) is not None:
+            actor = teacher_of(actor)  # which normalises what it sees here as it is
         self._last_obs = None  # start from fresh episodes, which are the actor's alone
         self._actor = actor
         try:
@@ -297,6 +306,7 @@ class RecurrentLearner(OffPolicyAlgorithm):
             if ours != theirs:
                 raise ValueError(f"this agent's outputs are {ours}, but the teacher's are {theirs}; use Student.fresh")
         self._teacher = teacher
+        self._labels = None
         self._last_obs = None  # its state begins with an episode
 
     def _update(
@@ -502,7 +512,9 @@ def checked_actions(actions: Any, space: spaces.Space, n: int, who: str) -> np.n
             fits = array.dtype.kind in "iu" and bool(((array >= 0) & (array < upper)).all())
         else:
             low, high = (0, 1) if isinstance(space, spaces.MultiBinary) else (space.low, space.high)  # type: ignore[attr-defined]
-            fits = bool(((array >= low) & (array <= high)).all())  # not where an action is NaN
+            slack = 1e-5 * np.maximum(1.0, np.abs(array))  # a squashed action may round to beyond a bound
+            fits = bool(((array >= low - slack) & (array <= high + slack)).all())  # not where an action is NaN
+            array = np.clip(array, low, high)
         if fits:
             return array
     shown = f"{' '.join(str(array).split())[:80]} of {array.dtype}"

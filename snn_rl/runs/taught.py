@@ -32,7 +32,7 @@ def converts(teacher: Teacher) -> bool:
     It must convert, and have no layer so narrow that few spikes would have to say everything.
     """
     actor = teacher.actor
-    return actor is not None and actor.converts and min(actor.net_arch, default=LEAST_UNITS) >= LEAST_UNITS
+    return actor is not None and actor.converts and all(units >= LEAST_UNITS for units in actor.net_arch)
 
 
 def student_options(config: SnnConfig, num_envs: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,6 +27,7 @@ from stable_baselines3.common.vec_env import (
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
 from snn_rl import SpikingDQN, load_policy
+from snn_rl.cli.environments import named_environment
 from snn_rl.rl.evaluation import Evaluation, evaluate
 from snn_rl.rl.policy_file import LoadedPolicy, save_policy
 from snn_rl.rl.statistics import Statistics, read_vecnormalize
@@ -321,6 +323,36 @@ def test_statistics_stay_fixed_where_make_env_fixes_them(tmp_path: Path) -> None
     np.testing.assert_array_equal(statistics.var, [2500.0, 1e-4])
 
 
+MODULE = """
+from gymnasium import make
+from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormalize
+
+
+def make_env(num_envs, *, seed, render_mode=None):
+    env = VecMonitor(DummyVecEnv([lambda: make("CartPole-v1", render_mode=render_mode)] * num_envs))
+    env.seed(seed)
+    return VecNormalize(env)
+"""
+
+
+def test_the_command_line_evaluates_the_file_as_the_run_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_normalised_cartpole.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    make = importlib.import_module("my_normalised_cartpole").make_env
+    results = run(recipe(make, env_id="CartPole-v1"), tmp_path / "run", device="cpu")
+    policy = policy_of(tmp_path / "run", "T1")
+    env = named_environment("my_normalised_cartpole:make_env", policy, 8, TEST_SEEDS)
+    assert evaluate(policy, env, 8).returns == results["stages"][-1]["eval"]["returns"]
+    # where a file holds no statistics, the environment's are fresh, and evaluation says so
+    plain = DQN("MlpPolicy", env, policy_kwargs={"net_arch": [16]}, device="cpu")
+    save_policy(plain, tmp_path / "plain.safetensors", {})
+    plain_policy = load_policy(tmp_path / "plain.safetensors")
+    env = named_environment("my_normalised_cartpole:make_env", plain_policy, 2, 0)
+    with pytest.raises(ValueError, match="has no statistics yet; copy those that the agent was trained with"):
+        evaluate(plain_policy, env, 2)
+
+
 # --- an ANN that is given
 
 
@@ -367,7 +399,7 @@ class Images(Balance):
         (lambda env: VecMonitor(VecNormalize(env)), "below its outermost wrapper: put SB3's VecNormalize around"),
         (lambda env: VecFrameStack(VecNormalize(VecMonitor(env)), 2), "below its outermost wrapper"),
         (lambda env: VecNormalize(VecNormalize(VecMonitor(env))), "below its outermost wrapper"),
-        (lambda env: VecNormalize(env), "must return monitored environments"),
+        (lambda env: VecNormalize(env), "return monitored environments: wrap them in VecMonitor"),
         (lambda env: Mine(VecMonitor(env)), "by SB3's VecNormalize itself, got Mine"),
     ],
     ids=["monitor", "stack", "twice", "no monitor", "subclass"],
