@@ -15,7 +15,6 @@ from sb3_contrib import RecurrentPPO
 from stable_baselines3 import A2C, DQN, PPO, SAC
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecFrameStack, VecMonitor, VecNormalize
 from torch import nn
@@ -312,7 +311,9 @@ def test_arguments_and_teachers_that_do_not_fit_are_named() -> None:
         student_of(model, "box")
     with pytest.raises(ValueError, match=r"the environment's observation_space is .*, but the agent was trained on"):
         Student.fresh(model, "CartPole-v1")
-    with pytest.raises(ValueError, match="a Student takes observations as the environment gives them, and its policy holds"):
+    with pytest.raises(
+        ValueError, match="a Student takes observations as the environment gives them, and its policy holds"
+    ):
         Student.fresh(model, VecNormalize(walks("discrete")))
     with pytest.raises(ValueError, match="an agent needs Discrete actions from 0 on"):
         Student.fresh(model, Walk(spaces.Discrete(3, start=1)))
