@@ -60,7 +60,7 @@ def main() -> None:
         else:
             leak = {"leak": REMEMBERING.leak}
             student = Student.fresh(parent, env, timesteps=timesteps, policy_kwargs=leak, **kwargs)
-        teach(student, parent, REMEMBERING)
+        teach(student, parent, REMEMBERING, REMEMBERING.distillation_updates, REMEMBERING.env_steps)
         minutes = (time.monotonic() - since) / 60
         for persistent in (True, False):
             student.net.persistent = persistent

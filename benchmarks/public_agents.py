@@ -79,7 +79,6 @@ def row(agent: Mapping[str, Any], directory: Path) -> dict[str, Any] | None:
         "fresh": "ann" in stages,
         **{name: (stage["eval"]["mean"], stage["eval"]["std"]) for name, stage in stages.items()},
         "scores": {name: score(stages[name]["eval"]["mean"]) for name in spiking},
-        "measured": (last["eval"]["mean"] - worst) / (stages["teacher"]["eval"]["mean"] - worst),
         "cleared": score(read_json(directory / "cleared.json")["mean"]),
         "rate": last["spike_rate"]["mean"],
         "energy": last["energy"]["ann_over_snn"],
@@ -99,10 +98,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells += [_pm(r[name]) for name in names] + [f"{r['scores'][name]:.3f}" for name in names]
         cells += [f"{r['cleared']:.2f}", f"{r['rate']:.3f}", f"{r['energy']:.1f}x", f"{r['minutes']:.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
-    best = [r for r in rows if r["seed"] == min(x["seed"] for x in rows)]
+    first = [r for r in rows if r["seed"] == min(x["seed"] for x in rows)]
     summary = [
-        f"{name}: median {statistics.median(r['scores'][name] for r in best):.3f}, "
-        f"{sum(r['scores'][name] >= 0.95 for r in best)} of {len(best)} at 0.95 or above"
+        f"{name}: median {statistics.median(r['scores'][name] for r in first):.3f}, "
+        f"{sum(r['scores'][name] >= 0.95 for r in first)} of {len(first)} at 0.95 or above"
         for name in names
     ]
     where = f"{rows[0]['hardware']}; " + ", ".join(f"{k} {v}" for k, v in rows[0]["versions"].items())

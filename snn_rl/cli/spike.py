@@ -28,7 +28,9 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     parser.add_argument("--env-id", metavar="ID", required=True, help="its environment, an id of gymnasium")
     add_env_kwargs(parser, "its arguments, such as continuous=True (default: none)")
     parser.add_argument("--algo", help="its algorithm, such as ppo (default: as the file says)")
-    parser.add_argument("--vecnormalize", type=Path, metavar="FILE", help="what its VecNormalize saved (default: none)")
+    parser.add_argument(
+        "--vecnormalize", type=Path, metavar="FILE", help="the file of VecNormalize.save (default: none)"
+    )
     parser.add_argument(
         "--schedule", type=int, nargs="+", default=[5, 3, 1], metavar="T", help="timesteps of each stage"
     )

@@ -11,7 +11,6 @@ import copy
 from collections.abc import Iterable
 from itertools import pairwise
 
-import numpy as np
 import torch
 from stable_baselines3 import DQN
 from stable_baselines3.common.preprocessing import preprocess_obs
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from snn_rl.rl import ConvExtractor, SpikingDQNPolicy
 from snn_rl.rl.policy import check_forwards
+from snn_rl.rl.teacher import Observations
 
 # A unit that fewer of the observations activate. Not 0: the first stacks of an episode lack frames and, as nothing else
 # does, activate some that are dead in all of the play.
@@ -27,7 +27,7 @@ DEAD = 1e-2
 
 
 @torch.no_grad()
-def without_dead_units(dqn: DQN, observations: Iterable[np.ndarray]) -> DQN:
+def without_dead_units(dqn: DQN, observations: Iterable[Observations]) -> DQN:
     """``dqn`` with fewer units: those that at least `DEAD` of ``observations``, batches as `predict` takes, activate.
 
     Of a convolution a unit is a channel, active where any of its pixels is. Of a layer in which none is alive the most
@@ -91,7 +91,7 @@ def _layers(q_net: nn.Module) -> list[nn.Module]:
     return [*(extractor.cnn if isinstance(extractor, ConvExtractor) else [extractor]), *q_net.q_net]  # type: ignore[misc]
 
 
-def _active_shares(dqn: DQN, observations: Iterable[np.ndarray]) -> list[Tensor]:
+def _active_shares(dqn: DQN, observations: Iterable[Observations]) -> list[Tensor]:
     """For each hidden layer, the share of the observations that activate a unit, (units,)."""
     layers = _layers(dqn.q_net)
     counts: dict[int, Tensor] = {}

@@ -10,11 +10,13 @@ from stable_baselines3 import DQN
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from torch import Tensor
 from torch.nn import functional as F
 
 from snn_rl.core.convert import DEFAULT_LEAK, DEFAULT_PERCENTILE
 from snn_rl.core.network import State
+from snn_rl.rl.actions import check_same_spaces
 from snn_rl.rl.losses import n_step_returns
 from snn_rl.rl.network import layers_of
 from snn_rl.rl.policy import (
@@ -26,11 +28,11 @@ from snn_rl.rl.policy import (
     StatefulPolicy,
     check_forwards,
 )
-from snn_rl.rl.recurrent import SPIKES_EVERY, RecurrentLearner, check_same_spaces
+from snn_rl.rl.recurrent import SPIKES_EVERY, RecurrentLearner
 from snn_rl.rl.replay import SequenceReplayBuffer, Windows
 from snn_rl.rl.spaces import check_spaces
 from snn_rl.rl.starts import convert_into, spread_into
-from snn_rl.rl.teacher import StackedTeacher, frames_of, named
+from snn_rl.rl.teacher import StackedTeacher, frames_of, named, statistics_of
 
 SelfSpikingDQN = TypeVar("SelfSpikingDQN", bound="SpikingDQN")
 
@@ -285,6 +287,12 @@ class SpikingDQN(RecurrentLearner, DQN):
         """
         _check_ann(dqn)
         check_forwards(dqn.policy)
+        normalize = unwrap_vec_normalize(env) if isinstance(env, VecEnv) else None
+        if statistics_of(dqn) is not None and (normalize is None or not normalize.norm_obs):
+            raise ValueError(
+                "the DQN was trained on normalized observations; pass its VecNormalize as env, or make it spike by "
+                "Student.from_ann, whose policy holds the statistics"
+            )
         if calibration_steps < 1:
             raise ValueError(f"calibration_steps must be >= 1, got {calibration_steps}")
         env = cls._checked_env(env, kwargs.get("verbose", 0))

@@ -27,7 +27,7 @@ from snn_rl.rl.environments import transposed
 from snn_rl.rl.network import StatefulNetwork
 from snn_rl.rl.policy import StatefulPolicy
 from snn_rl.rl.policy_file import LoadedPolicy
-from snn_rl.rl.teacher import Teacher
+from snn_rl.rl.teacher import Teacher, normalizes
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,7 @@ def _check_statistics(agent: Agent, env: VecEnv) -> None:
         raise ValueError(
             "VecMonitor would count normalized rewards: put it inside VecNormalize, around the environments"
         )
-    net = stateful_network(agent)
-    if net is not None and net.normalizer is not None and ours is not None and ours.norm_obs:
+    if normalizes(agent) and ours is not None and ours.norm_obs:
         raise ValueError(
             "the agent normalizes its observations itself, by the statistics in its policy; leave VecNormalize out of "
             "the environment"
@@ -162,7 +161,7 @@ def _check_statistics(agent: Agent, env: VecEnv) -> None:
                 "the agent was trained on normalized observations; wrap the environment in a VecNormalize of the same "
                 "options and copy the statistics: SB3's sync_envs_normalization(agent.get_env(), env)"
             )
-    elif ours is not None and ours.norm_obs and _is_fresh(ours):
+    elif ours is not None and ours.norm_obs and is_fresh(ours):
         raise ValueError(
             "the environment's VecNormalize has no statistics yet; copy those that the agent was trained with"
         )
@@ -172,7 +171,8 @@ def _check_statistics(agent: Agent, env: VecEnv) -> None:
         )
 
 
-def _is_fresh(normalize: VecNormalize) -> bool:
+def is_fresh(normalize: VecNormalize) -> bool:
+    """Whether it has no statistics of observations yet."""
     rms = normalize.obs_rms
     return any(r.count < 1 for r in (rms.values() if isinstance(rms, dict) else [rms]))
 

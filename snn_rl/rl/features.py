@@ -23,10 +23,9 @@ class ConvExtractor(BaseFeaturesExtractor):
         convolutions: tuple[tuple[int, int, int], ...] = ((16, 4, 2), (32, 4, 2), (32, 3, 1)),
     ) -> None:
         super().__init__(observation_space, features_dim)
-        if len(observation_space.shape) != 3:
-            raise ValueError(
-                f"ConvExtractor needs observations (channels, height, width), got {observation_space.shape}"
-            )
+        if not isinstance(observation_space, spaces.Box) or len(observation_space.shape) != 3:
+            got = observation_space.shape if isinstance(observation_space, spaces.Box) else observation_space
+            raise ValueError(f"ConvExtractor needs observations (channels, height, width), got {got}")
         channels, height, width = observation_space.shape
         layers: list[nn.Module] = []
         for index, (out_channels, kernel, stride) in enumerate(convolutions):

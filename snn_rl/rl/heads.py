@@ -7,7 +7,7 @@ environment, and measures how far a student's outputs are from its teacher's.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -118,6 +118,10 @@ class Continuous(Head):
 
     action_space: spaces.Box
     squashed: bool
+    # The bounds as tensors, by device and type: a CUDA graph cannot be captured while they are copied to the device.
+    _bounds: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def size(self) -> int:  # type: ignore[override]
@@ -130,14 +134,21 @@ class Continuous(Head):
             out = low + 0.5 * (np.tanh(out) + 1.0) * (high - low)  # which rounding may put beyond a bound
         return np.clip(out, low, high).astype(self.action_space.dtype)
 
+    def _bounds_on(self, out: Tensor) -> tuple[Tensor, Tensor]:
+        key = (out.device, out.dtype)
+        if key not in self._bounds:
+            space = self.action_space
+            low, high = (
+                torch.as_tensor(b.reshape(-1), dtype=out.dtype, device=out.device) for b in (space.low, space.high)
+            )
+            self._bounds[key] = low, high
+        return self._bounds[key]
+
     def loss(self, out: Tensor, wanted: Tensor, mask: Tensor) -> Tensor:
         if self.squashed:
             error = out.tanh() - wanted.tanh()
         else:
-            low, high = (
-                torch.as_tensor(bound.reshape(-1), dtype=out.dtype, device=out.device)
-                for bound in (self.action_space.low, self.action_space.high)
-            )
+            low, high = self._bounds_on(out)
             unit = (high - low) / 2
             unit = torch.where(unit.isfinite(), unit, torch.ones_like(unit))
             wanted = torch.minimum(torch.maximum(wanted, low), high)

@@ -58,6 +58,11 @@ def _encoded(net: StatefulNetwork, observation: PyTorchObs) -> Tensor:
     return net.as_tensor({key: part.cpu().numpy() for key, part in observation.items()})
 
 
+def no_schedule(_: float) -> float:
+    """The learning rate of a policy that is loaded to be run, not trained."""
+    return 0.0
+
+
 class StatefulPolicy(BasePolicy):
     """What policies with a `StatefulNetwork` share: acting with the state passed in and out."""
 
@@ -207,7 +212,7 @@ class AgentPolicy(StatefulPolicy):
             **super()._get_constructor_parameters(),
             **self.agent_kwargs,
             "statistics": self.statistics,
-            "lr_schedule": lambda _: 0.0,  # a loaded policy is run, not trained
+            "lr_schedule": no_schedule,
             "features_extractor_class": self.features_extractor_class,
             "features_extractor_kwargs": self.features_extractor_kwargs,
             "optimizer_class": self.optimizer_class,

@@ -31,7 +31,7 @@ from snn_rl.rl.actor import actor_of
 from snn_rl.rl.features import ConvExtractor
 from snn_rl.rl.heads import HEADS, head_of, kind_of
 from snn_rl.rl.network import ActorNetwork, NumpyState, normalizer_of
-from snn_rl.rl.policy import AgentPolicy, SpikingDQNPolicy, check_forwards
+from snn_rl.rl.policy import AgentPolicy, SpikingDQNPolicy, check_forwards, no_schedule
 from snn_rl.rl.spaces import check_observation_space, in_one_line
 from snn_rl.rl.statistics import Statistics
 from snn_rl.rl.teacher import statistics_of
@@ -281,7 +281,7 @@ class _Description:
         return AgentPolicy(
             self.observation_space,
             self.action_space,
-            _no_schedule,
+            no_schedule,
             head=self.head,
             net_arch=self.net_arch,
             features_extractor_class=self.extractor,
@@ -290,10 +290,6 @@ class _Description:
             statistics=self.statistics,
             **(self.spiking or {}),
         )
-
-
-def _no_schedule(_: float) -> float:
-    return 0.0  # a loaded policy is run, not trained
 
 
 def _statistics_to_json(statistics: Statistics) -> dict[str, Any]:

@@ -20,7 +20,7 @@ LIMIT = 30.0  # of a label: beyond it a softmax in single precision says the sam
 
 
 class Preferences(Teacher):
-    """A teacher whose labels are logits: its Q-values less their mean, divided by a temperature.
+    """A teacher whose labels are logits: its Q-values less the best of them, divided by a temperature.
 
     Policy distillation takes a low temperature for Q-values (Rusu et al. 2016), for what they differ by between actions
     is often a thousandth of their size. Here it is half the median gap between the best action and the second best. A
@@ -55,8 +55,8 @@ class Preferences(Teacher):
         self, observation: Observations, state: Any = None, episode_start: np.ndarray | None = None
     ) -> tuple[np.ndarray, Any]:
         q_values, state = self.teacher.label(observation, state, episode_start)
-        advantages = q_values - q_values.mean(axis=1, keepdims=True)
-        return np.clip(advantages / self.temperature, -LIMIT, LIMIT).astype(np.float32), state
+        behind = q_values - q_values.max(axis=1, keepdims=True)  # the best is at 0, so that no limit hides which it is
+        return np.clip(behind / self.temperature, -LIMIT, 0.0).astype(np.float32), state
 
     def _actor(self, actor: Actor) -> Actor:
         network = copy.deepcopy(actor.network)

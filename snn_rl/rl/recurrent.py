@@ -22,14 +22,14 @@ from torch import Tensor, nn
 
 from snn_rl.core.activity import count_spikes, spikes_per_neuron
 from snn_rl.core.network import SpikingNetwork, State
+from snn_rl.rl.actions import check_same_spaces, checked_actions, exploration_rate, random_actions
 from snn_rl.rl.captured import CapturedGradient, gradient
 from snn_rl.rl.heads import kind_of
 from snn_rl.rl.network import NumpyState, StatefulNetwork
 from snn_rl.rl.policy import StatefulPolicy
 from snn_rl.rl.policy_file import save_policy
 from snn_rl.rl.replay import SequenceReplayBuffer, Windows, frame_stack_of
-from snn_rl.rl.spaces import in_one_line
-from snn_rl.rl.teacher import Observations, Player, Teacher, named, normalizes, teacher_of
+from snn_rl.rl.teacher import Observations, Player, Teacher, named, normalizes, statistics_of, teacher_of
 
 SelfLearner = TypeVar("SelfLearner", bound="RecurrentLearner")
 
@@ -61,6 +61,7 @@ class RecurrentLearner(OffPolicyAlgorithm):
         self._teacher_state: Any = None  # likewise, of the teacher
         self._next_teacher_state: Any = None
         self._labels: np.ndarray | None = None  # of `_last_obs`, stored with the transition
+        self._pending = False  # an action was chosen, and its transition is not stored yet
         self._exploration: np.random.Generator | None = None
         self._captured: tuple[tuple[Any, ...], CapturedGradient] | None = None
         self._actor: Player | None = None  # who acts in place of this agent, while `collect` runs
@@ -163,6 +164,10 @@ class RecurrentLearner(OffPolicyAlgorithm):
     ) -> tuple[int, BaseCallback]:
         if self._needs_teacher and self._teacher is None and self._actor is None:  # said before the first step
             raise ValueError("distillation needs a teacher: assign an agent to `.teacher`")
+        if self._pending:  # a callback has stopped between a step and its storage: the environments have moved on
+            self._pending, self._last_obs, self._labels = False, None, None
+        if (reset_num_timesteps or self._last_obs is None) and self.replay_buffer is not None:
+            self.replay_buffer.open[:] = False  # the next observation begins an episode, whatever it looks like
         result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         assert self._last_episode_starts is not None
         if self._last_episode_starts.all():  # the environments were just reset, perhaps another number of them
@@ -174,6 +179,7 @@ class RecurrentLearner(OffPolicyAlgorithm):
     ) -> tuple[np.ndarray, np.ndarray]:
         actor: Player = self if self._actor is None else self._actor
         assert isinstance(self._last_obs, np.ndarray | dict)
+        self._pending = True
         starts, teacher = self._last_episode_starts, self._teacher
         if teacher is not None:
             seen = self._as_seen_by(teacher, self._last_obs)
@@ -221,6 +227,7 @@ class RecurrentLearner(OffPolicyAlgorithm):
             assert isinstance(replay_buffer, SequenceReplayBuffer)
             replay_buffer.label(self._labels)
             self._labels = None
+        self._pending = False
         # Here, where `_last_obs` moves on, and not earlier: a callback may stop the collection in between.
         self._last_state, self._teacher_state = self._next_state, self._next_teacher_state
         self._last_episode_starts = dones
@@ -260,6 +267,8 @@ class RecurrentLearner(OffPolicyAlgorithm):
             raise ValueError("collect needs an environment; call set_env, or pass env to load")
         assert self.replay_buffer is not None
         check_same_spaces(self, actor, "this agent", "the actor has")
+        if self._vec_normalize_env is None and not normalizes(actor) and statistics_of(actor) is not None:
+            actor = teacher_of(actor)  # which normalises what it sees here as it is
         self._last_obs = None  # start from fresh episodes, which are the actor's alone
         self._actor = actor
         try:
@@ -280,7 +289,7 @@ class RecurrentLearner(OffPolicyAlgorithm):
 
     @property
     def teacher(self) -> Teacher | None:
-        """Who labels what is played; None at first, and never saved with the agent.
+        """The agent that labels what is played; None at first, and never saved with the agent.
 
         Assign a `Teacher`, an agent of SB3 or sb3-contrib of any algorithm, a spiking agent, or an SB3 policy. It
         labels what is played from then on. Raises ValueError for anything else, for one of other spaces, and for one
@@ -297,6 +306,7 @@ class RecurrentLearner(OffPolicyAlgorithm):
             if ours != theirs:
                 raise ValueError(f"this agent's outputs are {ours}, but the teacher's are {theirs}; use Student.fresh")
         self._teacher = teacher
+        self._labels = None
         self._last_obs = None  # its state begins with an episode
 
     def _update(
@@ -474,66 +484,3 @@ class RecurrentLearner(OffPolicyAlgorithm):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_captured": None}  # a copy has weights of its own
-
-
-def random_actions(space: spaces.Space, n: int, generator: np.random.Generator) -> np.ndarray:
-    """``n`` random actions of ``space``, (n, *space.shape); of unbounded ones standard normal."""
-    if isinstance(space, spaces.Discrete):
-        return generator.integers(int(space.n), size=n)
-    if isinstance(space, spaces.MultiDiscrete):
-        return generator.integers(space.nvec, size=(n, *space.nvec.shape))
-    if isinstance(space, spaces.MultiBinary):
-        return generator.integers(2, size=(n, *space.shape)).astype(np.int8)
-    assert isinstance(space, spaces.Box)
-    bounded = np.isfinite(space.low) & np.isfinite(space.high)
-    low, high = np.where(bounded, space.low, 0.0), np.where(bounded, space.high, 1.0)
-    uniform = generator.uniform(low, high, size=(n, *space.shape))
-    normal = np.clip(generator.standard_normal((n, *space.shape)), space.low, space.high)
-    return np.where(bounded, uniform, normal).astype(space.dtype)
-
-
-def checked_actions(actions: Any, space: spaces.Space, n: int, who: str) -> np.ndarray:
-    """``n`` actions as an array. Raises ValueError, before an environment takes them, where ``space`` has no such."""
-    array = np.asarray(actions)
-    assert space.shape is not None
-    if array.shape == (n, *space.shape):
-        if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
-            upper = space.n if isinstance(space, spaces.Discrete) else space.nvec
-            fits = array.dtype.kind in "iu" and bool(((array >= 0) & (array < upper)).all())
-        else:
-            low, high = (0, 1) if isinstance(space, spaces.MultiBinary) else (space.low, space.high)  # type: ignore[attr-defined]
-            fits = bool(((array >= low) & (array <= high)).all())  # not where an action is NaN
-        if fits:
-            return array
-    shown = f"{' '.join(str(array).split())[:80]} of {array.dtype}"
-    if isinstance(space, spaces.Discrete):
-        raise ValueError(
-            f"{who} must choose one of the actions 0 to {space.n - 1} in each of {n} environments, got {shown}"
-        )
-    raise ValueError(f"{who} must choose an action of {in_one_line(space)} in each of {n} environments, got {shown}")
-
-
-def exploration_rate(actor: Player) -> float:
-    """The share of random actions in an actor's play."""
-    return float(getattr(actor, "exploration_rate", 0.0))
-
-
-def check_same_spaces(
-    ours: Any, theirs: Any, we: str = "the environment", they: str = "the agent was trained on"
-) -> None:
-    """Check the spaces of an environment or agent against those of another agent, which may have none (a `Player`)."""
-    from snn_rl.rl.teacher import frames_of
-
-    for name in ("observation_space", "action_space"):
-        has, wants = getattr(ours, name), getattr(theirs, name, None)
-        if isinstance(has, spaces.Dict) and has == wants and list(has.spaces) != list(wants.spaces):
-            raise ValueError(
-                f"{we}'s observations are of {list(has.spaces)} in this order, but {they} {list(wants.spaces)}; build "
-                "the Dict as for that agent's training"
-            )
-        if wants is None or has == wants:
-            continue
-        way_out = "build it as for that agent's training"
-        if name == "observation_space" and (frames_of(wants, has) or 1) > 1:
-            way_out = "StackedTeacher lets a DQN on a stack of frames act on one"
-        raise ValueError(f"{we}'s {name} is {in_one_line(has)}, but {they} {in_one_line(wants)}; {way_out}")

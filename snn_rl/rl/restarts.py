@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
-from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
 from snn_rl.rl.replay import frame_stack_of
 
@@ -53,9 +54,9 @@ class RestartingVecEnv(VecEnv):
         whole.set_options(self._options[: whole.num_envs])
         restarting.set_options(self._options[whole.num_envs :])
 
-    def reset(self) -> np.ndarray:
+    def reset(self) -> VecEnvObs:
         self._steps = 0
-        return np.concatenate([part.reset() for part in self.parts])  # (num_envs, ...)
+        return _joined(*(part.reset() for part in self.parts))
 
     def step_async(self, actions: np.ndarray) -> None:
         whole, restarting = self.parts
@@ -68,15 +69,16 @@ class RestartingVecEnv(VecEnv):
             info.pop("episode", None)
         self._steps += 1
         if self._steps == self.every:
-            assert isinstance(obs, np.ndarray)
-            last, obs = obs.copy(), self.parts[1].reset()  # a reset may write into the array that a step gave out
+            last = copy.deepcopy(obs)  # a reset may write into the array that a step gave out
+            obs = self.parts[1].reset()
             for i in np.flatnonzero(~dones):
-                infos[i].update({"terminal_observation": last[i], "TimeLimit.truncated": True})
+                own = {key: part[i] for key, part in last.items()} if isinstance(last, dict) else last[i]
+                infos[i].update({"terminal_observation": own, "TimeLimit.truncated": True})
             dones = np.ones_like(dones)
             self._steps = 0
         obs_whole, rewards_whole, dones_whole, infos_whole = first
         return (
-            np.concatenate([obs_whole, obs]),
+            _joined(obs_whole, obs),
             np.concatenate([rewards_whole, rewards]),
             np.concatenate([dones_whole, dones]),
             [*infos_whole, *infos],
@@ -105,3 +107,11 @@ class RestartingVecEnv(VecEnv):
     def _copies(self, indices: VecEnvIndices) -> list[tuple[VecEnv, int]]:
         copies = [(part, i) for part in self.parts for i in range(part.num_envs)]
         return [copies[i] for i in self._get_indices(indices)]
+
+
+def _joined(first: VecEnvObs, second: VecEnvObs) -> VecEnvObs:
+    """The observations of all copies, (num_envs, ...), or those of each key."""
+    if isinstance(first, dict):
+        assert isinstance(second, dict)
+        return {key: np.concatenate([part, second[key]]) for key, part in first.items()}
+    return np.concatenate([first, second])

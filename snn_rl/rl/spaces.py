@@ -1,4 +1,4 @@
-"""Which spaces a `SpikingDQN` learns in; it refuses the others before it builds anything."""
+"""The spaces that agents can learn in. Others are refused before anything is built."""
 
 from __future__ import annotations
 
@@ -66,6 +66,13 @@ def check_observation_space(observation_space: spaces.Space) -> None:
     """Check that an agent can observe this space, as `check_spaces` says. Raises UnsupportedSpaceError."""
     is_dict = isinstance(observation_space, spaces.Dict)
     parts = observation_space.spaces if is_dict else {"": observation_space}  # type: ignore[attr-defined]
+    images = {key: part for key, part in parts.items() if is_image_space(part)}
+    first = {key: is_image_space_channels_first(part) for key, part in images.items()}  # type: ignore[arg-type]
+    if len(set(first.values())) > 1:  # SB3 transposes all or none
+        raise UnsupportedSpaceError(
+            "the images of a Dict must have their channels first in all, or last in all, got first: "
+            f"{first}; transpose some in a gymnasium.ObservationWrapper"
+        )
     if not parts:
         raise UnsupportedSpaceError("observations must have a part, got an empty Dict; the agent cannot learn from it")
     for key, part in parts.items():
@@ -100,6 +107,16 @@ def _why_not_observed(space: spaces.Space) -> tuple[str, str] | None:
     elif not isinstance(space, spaces.MultiBinary):
         return "be Box, Discrete, MultiDiscrete or MultiBinary", "convert them in a gymnasium.ObservationWrapper"
     return None
+
+
+def same_order(first: spaces.Space, second: spaces.Space) -> bool:
+    """Whether the keys of equal ``Dict`` spaces come in one order, which gymnasium does not compare.
+
+    It is the order of the columns behind a features extractor. True of any other spaces.
+    """
+    if isinstance(first, spaces.Dict) and isinstance(second, spaces.Dict):
+        return list(first.spaces) == list(second.spaces)
+    return True
 
 
 def channels_first(space: spaces.Space) -> spaces.Space:

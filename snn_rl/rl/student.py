@@ -14,10 +14,10 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from torch import Tensor
 
-from snn_rl.core.convert import DEFAULT_LEAK
+from snn_rl.rl.actions import check_same_spaces
 from snn_rl.rl.heads import head_of, kind_of
 from snn_rl.rl.policy import AgentPolicy
-from snn_rl.rl.recurrent import SPIKES_EVERY, RecurrentLearner, check_same_spaces
+from snn_rl.rl.recurrent import SPIKES_EVERY, RecurrentLearner
 from snn_rl.rl.replay import SequenceReplayBuffer, Windows
 from snn_rl.rl.spaces import check_action_space, check_observation_space
 from snn_rl.rl.starts import convert_into, spread_into
@@ -34,7 +34,8 @@ class Student(RecurrentLearner):
     gradients flow through windows of consecutive frames, whose first ``burn_in`` frames only warm the membranes up.
 
     Args:
-        policy: `AgentPolicy` (the default). ``policy_kwargs`` are its arguments.
+        policy: `AgentPolicy`, or its alias "AgentPolicy". ``policy_kwargs`` are its arguments, of which ``head`` and
+            ``net_arch`` must be given. `fresh`, `from_ann` and `from_parent` build them.
         env, learning_rate, buffer_size, train_freq, gradient_steps, seed, device ...: as in SB3's DQN.
         batch_size: windows per update.
         exploration_rate: share of random actions in the student's own play.
@@ -57,8 +58,8 @@ class Student(RecurrentLearner):
         buffer_size: int = 50_000,
         batch_size: int = 32,
         train_freq: int | tuple[int, str] = 1,
-        gradient_steps: int = 1,
-        exploration_rate: float = 0.0,
+        gradient_steps: int = 2,
+        exploration_rate: float = 0.04,
         max_grad_norm: float = 10.0,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
@@ -68,7 +69,7 @@ class Student(RecurrentLearner):
         device: torch.device | str = "auto",
         _init_setup_model: bool = True,
         *,
-        sequence_length: int = 16,
+        sequence_length: int = 8,
         burn_in: int = 4,
         spike_weight: float = 0.0,
     ) -> None:
@@ -80,6 +81,11 @@ class Student(RecurrentLearner):
         ):
             if not value >= least:
                 raise ValueError(f"{name} must be >= {least}, got {value}")
+        if _init_setup_model and not {"head", "net_arch"} <= (policy_kwargs or {}).keys():
+            raise ValueError(
+                "policy_kwargs must say head and net_arch; Student.fresh, from_ann and from_parent take them from a "
+                "teacher"
+            )
         if not 0 <= exploration_rate <= 1:
             raise ValueError(f"exploration_rate must lie in [0, 1], got {exploration_rate}")
         self._begin()
@@ -127,6 +133,10 @@ class Student(RecurrentLearner):
                 "its teacher; take VecNormalize off"
             )
         return env
+
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        """SB3's. Raises ValueError for an environment that the constructor would refuse."""
+        super().set_env(self._checked_env(env, self.verbose), force_reset)
 
     @classmethod
     def _check_spaces(cls, observation_space: spaces.Space, action_space: spaces.Space) -> None:
@@ -211,7 +221,7 @@ class Student(RecurrentLearner):
         timesteps: int = 5,
         *,
         percentile: float = 99.0,
-        leak: float = DEFAULT_LEAK,
+        leak: float = 0.75,
         leak_reset: bool = False,
         persistent: bool = True,
         calibration_steps: int = 1000,
@@ -286,7 +296,10 @@ class Student(RecurrentLearner):
         check_same_spaces(env, parent)
         policy_kwargs = {**parent.policy_kwargs, **(kwargs.pop("policy_kwargs", None) or {}), "timesteps": timesteps}
         model = cls(AgentPolicy, env, policy_kwargs=policy_kwargs, **kwargs)
-        model.net.network.load_state_dict(parent.net.network.state_dict())
+        try:
+            model.net.network.load_state_dict(parent.net.network.state_dict())
+        except RuntimeError as error:
+            raise ValueError("the layers are the parent's: leave net_arch and the like out of policy_kwargs") from error
         model.teacher = parent.teacher
         return model
 

@@ -1,4 +1,4 @@
-"""Whose play an agent learns from (any `Player`), and who says what should have been done (a `Teacher`)."""
+"""Teachers: agents that label what a student plays. A `Player` only plays."""
 
 from __future__ import annotations
 
@@ -96,8 +96,11 @@ class PolicyTeacher(Teacher):
         except UnsupportedSpaceError:
             raise
         except ValueError:
-            if not isinstance(policy, DQNPolicy):
-                raise
+            own = ("forward", "predict", "_predict", "obs_to_tensor")
+            if not isinstance(policy, DQNPolicy) or any(
+                getattr(type(policy), name) is not getattr(DQNPolicy, name) or name in vars(policy) for name in own
+            ):
+                raise  # a policy that masks actions, say: its Q-values alone would choose others
             self.head = head_of("values", policy.action_space)
 
     def label(
@@ -133,13 +136,16 @@ class RecurrentTeacher(Teacher):
 
 
 class StatefulTeacher(Teacher):
-    """A spiking agent, with its membranes, or the ANN of a policy file."""
+    """A spiking agent, with its membranes, or the ANN of a policy file.
 
-    def __init__(self, policy: StatefulPolicy) -> None:
-        self.policy, self.head = policy, policy.head
+    ``statistics`` are those that its observations were normalised by outside its policy, in a ``VecNormalize``.
+    """
+
+    def __init__(self, policy: StatefulPolicy, statistics: Statistics | None = None) -> None:
+        self.policy, self.head, self._outside = policy, policy.head, statistics
         self.observation_space, self.action_space = policy.observation_space, policy.action_space
+        self.statistics = policy.statistics if isinstance(policy, AgentPolicy) else statistics
         if isinstance(policy, AgentPolicy) and isinstance(policy.net.network, nn.Sequential):
-            self.statistics = policy.statistics
             self.actor = Actor(
                 policy.net.network,
                 policy.head,
@@ -150,11 +156,13 @@ class StatefulTeacher(Teacher):
 
     @property
     def normalizes(self) -> bool:
-        return self.policy.net.normalizer is not None
+        return self.policy.net.normalizer is not None or self._outside is not None
 
     def label(
         self, observation: Observations, state: Any = None, episode_start: np.ndarray | None = None
     ) -> tuple[np.ndarray, Any]:
+        if self._outside is not None:
+            observation = self._outside.normalize(observation)
         out, state, _ = self.policy.outputs(observation, state, episode_start)
         return out, state
 
@@ -253,7 +261,7 @@ def _unstacked(agent: object) -> Teacher:
         return agent
     policy = agent if isinstance(agent, BasePolicy) else getattr(agent, "policy", None)
     if isinstance(policy, StatefulPolicy):
-        teacher: Teacher = StatefulTeacher(policy)
+        teacher: Teacher = StatefulTeacher(policy, statistics_of(agent))
     elif isinstance(policy, BasePolicy):
         kind = RecurrentTeacher if is_recurrent(policy) else PolicyTeacher
         teacher = kind(policy, statistics_of(agent))

@@ -94,6 +94,8 @@ class AgentTask(Task):
                 f"make_env of {recipe.name} normalizes rewards, of which {self.ann} holds no statistics; train the ANN "
                 "in the run, or set norm_reward=False in its VecNormalize, or snn.rewards to False"
             )
+        if isinstance(stacked, spaces.Dict) and recipe.ann.drop_dead_units:
+            raise ValueError(f"ann.drop_dead_units of {recipe.name} must be False for Dict observations, got True")
         if recipe.network.convolutions and stages[0].parent is None:
             for space in (stacked, seen):
                 with torch.device("meta"):  # takes no memory

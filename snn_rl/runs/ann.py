@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gymnasium import spaces
 from stable_baselines3 import DQN
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
@@ -21,8 +22,9 @@ from snn_rl.rl.heads import QValues
 from snn_rl.rl.network import layers_of
 from snn_rl.rl.policy_file import check_storable, load_policy
 from snn_rl.rl.replay import frame_stack_of
+from snn_rl.rl.spaces import same_order
 from snn_rl.rl.statistics import Statistics
-from snn_rl.rl.teacher import statistics_of
+from snn_rl.rl.teacher import Observations, statistics_of
 from snn_rl.rl.zips import read_zip
 from snn_rl.runs._run import History, Run, channels_last
 from snn_rl.runs.agent_training import AgentTraining
@@ -72,7 +74,7 @@ class Ann(AgentTraining):
                 normalize.save(str(temporary))
         return super().export()
 
-    def _own_play(self) -> Iterator[np.ndarray]:
+    def _own_play(self) -> Iterator[Observations]:
         """Observations (n_envs, ...) of its epsilon-greedy play, such as fills the replay of the stage behind it.
 
         Those that it was trained in a ``VecNormalize`` for are normalised.
@@ -85,7 +87,7 @@ class Ann(AgentTraining):
         try:
             obs = env.reset()
             for _ in range(-(-config.parent_steps // n_envs)):
-                assert isinstance(obs, np.ndarray)
+                assert isinstance(obs, np.ndarray | dict)
                 obs = obs if statistics is None else statistics.normalize(obs)
                 yield obs
                 greedy, _ = model.predict(obs, deterministic=True)
@@ -118,8 +120,9 @@ def new_ann(this: Run, env: VecEnv) -> DQN:
     if network.convolutions:
         policy_kwargs["features_extractor_class"] = ConvExtractor
         policy_kwargs["features_extractor_kwargs"] = extractor_kwargs(this.recipe)
+    alias = "CnnPolicy" if network.convolutions else "MlpPolicy"
     model = DQN(
-        "CnnPolicy" if network.convolutions else "MlpPolicy",
+        "MultiInputPolicy" if isinstance(env.observation_space, spaces.Dict) else alias,
         env,
         learning_rate=LinearSchedule(config.learning_rate, config.final_learning_rate, 1.0),
         buffer_size=config.buffer_size,
@@ -204,7 +207,7 @@ def _read_file(this: Run, path: Path, env: VecEnv) -> tuple[Actor, Statistics | 
     source = f"is of the recipe {recipe!r}, trained" if recipe else "was trained"
     for name in ("observation_space", "action_space"):
         ours, theirs = getattr(loaded, name), getattr(env, name)
-        if ours != theirs:
+        if ours != theirs or not same_order(ours, theirs):
             raise ValueError(f"{path} {source} with {name} {ours}, but {this.recipe.name} has {theirs}")
     teacher = teacher_of(loaded)
     if teacher.actor is None:

@@ -1,4 +1,4 @@
-"""Whose a folder is: a run binds it to its recipe, seed and ANN in ``run.json``, and no other run goes on in it."""
+"""A run owns its folder: ``run.json`` holds its recipe, its seed and its files, and no other run goes on there."""
 
 from __future__ import annotations
 
@@ -48,7 +48,12 @@ def claim(
     """
     config = {"recipe": recipe.as_dict(), "seed": seed, "ann": None if ann is None else str(ann.resolve()), **more}
     path, results = directory / "run.json", directory / "results.json"
-    stages = (found for pattern in WORK for name in ("ann", "T[0-9]*") for found in directory.glob(f"{name}/{pattern}"))
+    stages = (
+        found
+        for pattern in WORK
+        for name in ("teacher", "ann", "T[0-9]*")
+        for found in directory.glob(f"{name}/{pattern}")
+    )
     work = results if results.is_file() else next(stages, None)
     if work is None:  # where nothing has been trained yet, nothing is lost
         write_json(path, config)

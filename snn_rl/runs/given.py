@@ -1,7 +1,8 @@
-"""A trained agent that a run was given: the zip of stable-baselines3 or sb3-contrib, and what it does not tell."""
+"""A trained agent that a run was given: its zip, and what the zip does not say."""
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,16 @@ class Given:
     path: Path
     algo: str | None = None
     vecnormalize: Path | None = None
+
+    def as_dict(self) -> dict[str, str]:
+        """What tells it apart from another agent: its algorithm, and the SHA-256 of its files."""
+        return {
+            "algorithm": self.algo or "that of its file",
+            "teacher": hashlib.sha256(self.path.read_bytes()).hexdigest(),
+            "statistics": "none"
+            if self.vecnormalize is None
+            else hashlib.sha256(self.vecnormalize.read_bytes()).hexdigest(),
+        }
 
     def load(self, env: VecEnv, device: str) -> Teacher:
         """The agent as a teacher in ``env``.

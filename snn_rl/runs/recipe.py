@@ -359,6 +359,21 @@ class SpikeRecipe(Recipe):
     eval_episodes: int = count(100)
     cpu_threads: int | None = count(1, optional=True)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.snn.rewards or self.fresh.rewards:
+            raise ValueError("a given agent is made to spike without rewards; leave rewards at False")
+        window = self.fresh.burn_in + self.fresh.sequence_length
+        if min(self.fresh.parent_steps, self.fresh.buffer_size) < window * self.num_envs:
+            raise ValueError(
+                f"fresh.parent_steps and fresh.buffer_size must be >= {window * self.num_envs}, a window of each "
+                f"environment, got {self.fresh.parent_steps} and {self.fresh.buffer_size}"
+            )
+        if self.fresh.train_every % self.num_envs:
+            raise ValueError(
+                f"fresh.train_every must be a multiple of num_envs ({self.num_envs}), got {self.fresh.train_every}"
+            )
+
     def smoke(self) -> SpikeRecipe:
         fresh = dataclasses.replace(
             self.fresh, parent_steps=256, distillation_updates=4, env_steps=256, buffer_size=2_000

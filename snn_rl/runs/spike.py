@@ -52,9 +52,9 @@ class SpikeTask(Task):
             self.seen = {
                 "observation_space": in_one_line(env.observation_space),
                 "action_space": in_one_line(env.action_space),
-                "statistics": "none" if run.given.vecnormalize is None else str(run.given.vecnormalize.resolve()),
             }
             teacher = run.given.check(without_normalization(env), run.device)
+            self.seen |= run.given.as_dict()
         finally:
             env.close()
         stages = [teacher_stage]

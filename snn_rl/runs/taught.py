@@ -31,7 +31,8 @@ def converts(teacher: Teacher) -> bool:
 
     It must convert, and have no layer so narrow that few spikes would have to say everything.
     """
-    return teacher.actor is not None and teacher.actor.converts and min(teacher.actor.net_arch) >= LEAST_UNITS
+    actor = teacher.actor
+    return actor is not None and actor.converts and all(units >= LEAST_UNITS for units in actor.net_arch)
 
 
 def student_options(config: SnnConfig, num_envs: int) -> dict[str, Any]:
@@ -165,7 +166,7 @@ class Taught(AgentTraining):
         checkpoints.write()
 
     def _distil(self, checkpoints: Checkpoints) -> None:
-        """What is left of a stage's distillation, in pieces, each of which a kill leaves standing."""
+        """The rest of a stage's distillation, in pieces. A checkpoint follows each of them."""
         name, model, average, updates = self.stage.name, self.model, self.average, self.updates
         schedule = LinearSchedule(self.config.learning_rate, self.config.play_learning_rate, 1.0)
         model.set_logger(configure(str(self.folder), []))

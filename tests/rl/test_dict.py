@@ -17,7 +17,7 @@ from gymnasium import spaces
 from stable_baselines3 import A2C, DQN, PPO, SAC
 from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecFrameStack, VecMonitor, VecNormalize
 from torch import Tensor, nn
 
 from snn_rl import SpikingDQN, load_policy, save_policy, to_spiking
@@ -363,6 +363,21 @@ def test_spiking_dqn_learns_a_dict_environment() -> None:
     assert evaluate(agent, venv(space, spaces.Discrete(2)), 10).mean > 8  # of 9; a guess gets 4.5
 
 
+def test_frames_that_sb3_stacks_in_a_dict_are_stored_whole() -> None:
+    env = VecFrameStack(venv(SMALL_IMAGES), 3, channels_order="last")
+    agent = SpikingDQN("MultiInputPolicy", env, policy_kwargs={**SMALL}, buffer_size=200, seed=0, device="cpu")
+    assert agent.observation_space["camera"].shape == (9, 36, 40)  # type: ignore[index]
+    agent.learn(60)
+    buffer = agent.replay_buffer
+    assert buffer is not None
+    assert buffer.frame_stack == 1
+    windows = buffer.sample_windows(4, 3)
+    images = agent.q_net.flat.decode(windows.observations.flatten(0, 1))["camera"].unflatten(0, (3, 4))  # type: ignore[union-attr]
+    follows = ~windows.episode_start[1:]
+    assert follows.any()
+    torch.testing.assert_close(images[1:][follows][:, :6], images[:-1][follows][:, 3:])  # each moves on by a frame
+
+
 def test_spiking_dqn_goes_on_after_saving(tmp_path: Path) -> None:
     agent = SpikingDQN.from_ann(dqn_on(), venv(), 2, **STUDENT)
     agent.learn(40)
@@ -586,6 +601,15 @@ def test_keys_that_cannot_name_a_layer(key: str) -> None:
         check_observation_space(spaces.Dict())
 
 
+def test_images_of_both_layouts_are_refused() -> None:
+    """SB3 transposes all images of a Dict, and raises an error for one that needs none."""
+    space = spaces.Dict(a=IMAGE, b=spaces.Box(0, 255, (3, 36, 40), np.uint8))
+    with pytest.raises(
+        UnsupportedSpaceError, match=r"first in all, or last in all, got first: {'a': False, 'b': True}"
+    ):
+        SpikingDQN("MultiInputPolicy", Env(space, THREE))
+
+
 def test_statistics_of_parts() -> None:
     """As VecNormalize does: given keys alone, in double precision, clipped."""
     _, env = normalised_ppo()
@@ -599,3 +623,26 @@ def test_statistics_of_parts() -> None:
     np.testing.assert_array_equal(parts["arm"].numpy(), expected["arm"])
     np.testing.assert_array_equal(parts["camera"].numpy(), observations["camera"])
     assert parts["camera"].dtype == torch.uint8
+
+
+def test_a_teacher_with_an_lstm_labels_dicts() -> None:
+    recurrent_ppo = pytest.importorskip("sb3_contrib").RecurrentPPO
+    model = recurrent_ppo(
+        "MultiInputLstmPolicy", venv(SMALL_IMAGES), n_steps=8, batch_size=8, policy_kwargs={**SMALL}, device="cpu"
+    )
+    randomise(model.policy)
+    env = venv(SMALL_IMAGES)
+    options = {k: v for k, v in STUDENT.items() if k != "calibration_steps"}
+    student = Student.fresh(model, env, [16], **options)
+    student.collect(student.teacher, 40)
+    assert student.replay_buffer is not None
+    labels = student.replay_buffer.labels
+    # SB3's own, frame by frame, of what the first environment showed
+    shown = student.env.unwrapped.envs[0].shown[:9]  # type: ignore[union-attr, attr-defined]
+    state, start = None, np.ones(1, dtype=bool)
+    for i, one in enumerate(shown):
+        obs = {key: part[None] for key, part in one.items()}
+        action, state = model.predict(obs, state, start, deterministic=True)
+        start = np.zeros(1, dtype=bool)
+        assert labels[0, i].argmax() == action[0]
+    assert len({labels[0, i].argmax() for i in range(9)}) > 1

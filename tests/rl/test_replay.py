@@ -271,12 +271,6 @@ def test_bad_arguments_are_named(kwargs: dict[str, int], message: str) -> None:
         )
 
 
-def test_dict_observations_are_refused() -> None:
-    space = spaces.Dict({"a": spaces.Box(0, 1, (2,), np.float32)})
-    with pytest.raises(ValueError, match=r"observations must not be a Dict, got .*; flatten them"):
-        SequenceReplayBuffer(100, space, spaces.Discrete(2), "cpu")
-
-
 def test_rewards_and_observations_are_normalised_when_sampled() -> None:
     buffer, _ = filled(50, n_envs=2)
     env = VecNormalize(DummyVecEnv([lambda: gym.make("CartPole-v1")]))

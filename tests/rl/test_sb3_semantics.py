@@ -225,7 +225,7 @@ UNSUPPORTED: list[tuple[spaces.Space, spaces.Space, str]] = [
     ),
     (box(), spaces.Discrete(2), r"observations must have an axis, got Box\(0.0, 1.0, \(\), float32\); .*ReshapeObserv"),
     (box(0), spaces.Discrete(2), r"observations must have an entry, got Box\(.*\(0,\), float32\)"),
-    (spaces.Dict(a=box(2)), spaces.Discrete(2), r"observations must not be a Dict, got Dict\(.*FlattenObservation"),
+    (spaces.Dict(a=spaces.Text(3)), spaces.Discrete(2), "the observations 'a' must be Box, Discrete, .*, got Text"),
     (TUPLE, spaces.Discrete(2), r"observations must be Box, Discrete, MultiDiscrete or MultiBinary, got Tuple"),
 ]
 

@@ -311,7 +311,9 @@ def test_arguments_and_teachers_that_do_not_fit_are_named() -> None:
         student_of(model, "box")
     with pytest.raises(ValueError, match=r"the environment's observation_space is .*, but the agent was trained on"):
         Student.fresh(model, "CartPole-v1")
-    with pytest.raises(ValueError, match="a Student takes observations as the environment gives them, and its pol"):
+    with pytest.raises(
+        ValueError, match="a Student takes observations as the environment gives them, and its policy holds"
+    ):
         Student.fresh(model, VecNormalize(walks("discrete")))
     with pytest.raises(ValueError, match="an agent needs Discrete actions from 0 on"):
         Student.fresh(model, Walk(spaces.Discrete(3, start=1)))

@@ -951,7 +951,8 @@ def test_environments_that_no_stage_can_learn_in_are_named_at_once(tmp_path: Pat
         return env
 
     def in_a_dict(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
-        return gym.wrappers.TransformObservation(env, lambda x: {"x": x}, gym.spaces.Dict(x=env.observation_space))
+        inner = gym.spaces.Dict(x=env.observation_space)
+        return gym.wrappers.TransformObservation(env, lambda x: {"y": {"x": x}}, gym.spaces.Dict(y=inner))
 
     def named(n: int, *, seed: int, name: str) -> VecEnv:
         return VecMonitor(DummyVecEnv([lambda: gym.make(name)] * n))
@@ -963,7 +964,7 @@ def test_environments_that_no_stage_can_learn_in_are_named_at_once(tmp_path: Pat
             of("CartPole-v1", from_one),
             r"cartpole: an agent needs Discrete actions from 0 on, got Discrete\(2, start=1\)",
         ),
-        (of("CartPole-v1", in_a_dict), r"cartpole: observations must not be a Dict, got Dict.*; flatten them"),
+        (of("CartPole-v1", in_a_dict), "of cartpole cannot be built: .*Nested observation spaces are not supported"),
         (of("CartPole-v1", num_envs=3), r"make_env of cartpole must return a VecEnv of 1 environments, got"),
         (tiny(make_env=lambda n, seed: gym.make("CartPole-v1"), env_kwargs={}), r"must return a VecEnv of 1 environ"),
         (tiny(make_env=lambda n, seed: gym.make_vec("CartPole-v1", n), env_kwargs={}), r"must return a VecEnv of 1"),

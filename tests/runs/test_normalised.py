@@ -359,8 +359,16 @@ def test_the_command_line_evaluates_the_file_as_the_run_did(tmp_path: Path, monk
 def test_a_policy_file_with_statistics_takes_the_anns_place(tmp_path: Path) -> None:
     results = run(recipe(), tmp_path / "first", device="cpu")
     path = tmp_path / "first" / "ann" / "policy.safetensors"
-    for directory, make in (("again", make_env), ("plain", lambda num_envs, *, seed: monitored(num_envs, seed))):
-        again = run(recipe(make), tmp_path / directory, device="cpu", ann=path)
+
+    def plain(num_envs: int, *, seed: int) -> VecEnv:
+        return monitored(num_envs, seed)
+
+    for directory, wanted in (
+        ("again", recipe()),
+        ("plain", recipe(plain)),
+        ("with rewards", recipe(plain, snn=with_rewards())),
+    ):
+        again = run(wanted, tmp_path / directory, device="cpu", ann=path)
         assert again["stages"][0]["eval"]["returns"] == results["stages"][0]["eval"]["returns"]
         for stage in ("ann", "T2", "T1"):
             assert_same(policy_of(tmp_path / directory, stage).policy.statistics, load_policy(path).policy.statistics)

@@ -180,7 +180,7 @@ def test_running_statistics_that_no_policy_can_hold_are_refused(
 @pytest.mark.parametrize(
     ("env", "message"),
     [
-        (lambda: Episode(observation_space=spaces.Dict(a=spaces.Box(-1, 1, (3,)))), "FlattenObservation"),
+        (lambda: Episode(observation_space=spaces.Dict(a=spaces.Discrete(3, start=1))), "'a' must count from 0 on"),
         (lambda: Episode(observation_space=spaces.Discrete(4, start=1)), "subtract the start"),
         (
             lambda: Episode(observation_space=spaces.MultiDiscrete([2, 2], dtype=np.int32)),

@@ -451,3 +451,17 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
     (tmp_path / "bad.nir").write_bytes(b"\x89HDF nonsense")
     with pytest.raises(ValueError, match=r"bad\.nir is not a readable NIR file"):
         read_nir(tmp_path / "bad.nir")
+
+
+def test_a_slice_is_refused_by_name() -> None:
+    class Combined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden, self.out = nn.Linear(2, 8), nn.Linear(10, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(torch.cat([torch.relu(self.hidden(x[:, :2])), x[:, 2:]], 1))
+
+    net = to_spiking(Combined(), torch.randn(20, 4))
+    with pytest.raises(ValueError, match="node 'getitem' cannot be expressed in NIR: getitem: use Linear, Conv2d"):
+        to_nir(net, (4,))

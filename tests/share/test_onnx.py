@@ -151,3 +151,25 @@ def test_the_network_is_left_as_it_was(tmp_path: Path) -> None:
     network.train()
     write_onnx(network, x, tmp_path / "a.onnx")
     assert network.training
+
+
+def test_parts_of_an_observation_that_go_different_ways(tmp_path: Path) -> None:
+    class Combined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.hidden, self.out = nn.Conv2d(1, 4, 3), nn.Linear(19, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            image = torch.relu(self.conv(x[:, :16].unflatten(1, (1, 4, 4))))
+            return self.out(torch.relu(self.hidden(torch.cat([image.flatten(1), x[:, 16:]], 1))))
+
+    torch.manual_seed(0)
+    x = torch.randn(40, 19)
+    network = to_spiking(Combined(), x, timesteps=3)
+    write_onnx(network, x[:4], tmp_path / "policy.onnx")
+    model = session(tmp_path / "policy.onnx")
+    state, carries = None, None
+    for frame in x.split(4):
+        out, state = network(frame, state)
+        theirs, carries = run(model, frame.numpy(), carries)
+        np.testing.assert_allclose(theirs, out.detach().numpy(), atol=1e-5)
