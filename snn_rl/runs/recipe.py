@@ -166,11 +166,7 @@ class Recipe:
         snn = self.snn
         if snn.rewards and not snn.td_weight and not snn.distillation_weight:
             raise ValueError("snn.td_weight and snn.distillation_weight must not both be 0: nothing would be learnt")
-        if snn.play_learning_rate > snn.learning_rate:
-            raise ValueError(
-                f"snn.play_learning_rate must be <= snn.learning_rate ({snn.learning_rate:g}), which falls to it, "
-                f"got {snn.play_learning_rate:g}"
-            )
+        _check_rates("snn", snn)
         if self.total_snn_steps is not None and self.total_snn_steps < len(self.schedule):
             raise ValueError(
                 f"total_snn_steps must be >= {len(self.schedule)}, one for each stage, got {self.total_snn_steps}"
@@ -363,6 +359,7 @@ class SpikeRecipe(Recipe):
         super().__post_init__()
         if self.snn.rewards or self.fresh.rewards:
             raise ValueError("a given agent is made to spike without rewards; leave rewards at False")
+        _check_rates("fresh", self.fresh)
         window = self.fresh.burn_in + self.fresh.sequence_length
         if min(self.fresh.parent_steps, self.fresh.buffer_size) < window * self.num_envs:
             raise ValueError(
@@ -381,6 +378,15 @@ class SpikeRecipe(Recipe):
         smoke = super().smoke()
         assert isinstance(smoke, SpikeRecipe)
         return dataclasses.replace(smoke, fresh=fresh)
+
+
+def _check_rates(name: str, config: SnnConfig) -> None:
+    """Raises ValueError where the learning rate of the stage's own play is above that of its parent's play."""
+    if config.play_learning_rate > config.learning_rate:
+        raise ValueError(
+            f"{name}.play_learning_rate must be <= {name}.learning_rate ({config.learning_rate:g}), which falls to it, "
+            f"got {config.play_learning_rate:g}"
+        )
 
 
 def is_config(value: object) -> TypeGuard[DataclassInstance]:
