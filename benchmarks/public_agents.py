@@ -29,6 +29,19 @@ from snn_rl.runs.recipe import TEST_SEEDS, SpikeRecipe
 from snn_rl.runs.registered import registered
 from snn_rl.runs.spike import spike
 
+HEAD = """# Agents that others trained
+
+Each agent was made to spike as `snn-rl spike` does it, by one set of numbers for all of them:
+
+    python benchmarks/public_agents.py FOLDER --table docs/public-agents.md
+
+The score of a stage is (its mean return - that of random actions) / (the teacher's - that of random actions), by the
+means that are noted with the agents. Every stage plays the same episodes, whose seeds were not used in training.
+"""
+NOTES = """- **New ANN**: the network of ReLUs that a teacher first teaches where its own does not convert.
+- **Cleared**: the score of the last stage when its membrane potentials are cleared before every frame.
+- **Rate**: spikes per neuron and frame of the last stage. **Energy**: that of the ANN over that of the last stage.
+- **Minutes**: of one core, for all stages together."""
 ROOT = Path(__file__).resolve().parents[1]
 LONG = ("BipedalWalker", "HalfCheetah", "Swimmer", "Hopper", "Walker2d", "Ant", "Humanoid")  # 20 episodes each
 
@@ -104,9 +117,22 @@ def table(rows: list[dict[str, Any]]) -> str:
         f"{sum(r['scores'][name] >= 0.95 for r in first)} of {len(first)} at 0.95 or above"
         for name in names
     ]
-    where = f"{rows[0]['hardware']}; " + ", ".join(f"{k} {v}" for k, v in rows[0]["versions"].items())
-    notes = "Minutes are those of one core. Rate: spikes per neuron and frame. Energy: that of the ANN by the agent's."
-    return "\n".join(["Scores of the first seed. " + "; ".join(summary) + ".", "", *lines, "", notes, "", where, ""])
+    machines = sorted({r["hardware"] for r in rows})
+    packages = sorted({", ".join(f"{k} {v}" for k, v in r["versions"].items()) for r in rows})
+    return "\n".join(
+        [
+            HEAD,
+            "Scores of the first seed. " + "; ".join(summary) + ".",
+            "",
+            *lines,
+            "",
+            NOTES,
+            "",
+            *machines,
+            *packages,
+            "",
+        ]
+    )
 
 
 def _pm(value: tuple[float, float]) -> str:
