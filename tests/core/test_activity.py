@@ -134,6 +134,25 @@ def test_analogue_values_and_spikes_that_enter_one_synapse_by_hand() -> None:
     assert measured.mean == pytest.approx((12 * 0.5 + 5 * 0.25 + 5 * 0.125) / 22)
 
 
+def test_behind_a_synapse_of_both_each_value_is_of_both() -> None:
+    class Linears(nn.Module):
+        """Two synapses in a row, with no neurons between: the second gets sums of analogue values and spikes."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(3, 4), nn.Linear(7, 5), nn.Linear(5, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.c(self.b(torch.cat([torch.relu(self.a(x)), x], 1)))
+
+    net = to_spiking(Linears(), torch.randn(16, 3), timesteps=4)
+    (lif,) = net.lif_layers
+    measured = activity(net, {lif: 0.7}, (3,))
+    rate = 4 * 0.7 / 7  # over all that enters the first of them
+    assert measured.snn_ops == pytest.approx(12 + 3 * 5 + 4 * 5 * 0.7 + (1 + rate) * 10)
+    assert measured.memory_accesses.weights == pytest.approx(12 + 3 * 5 + 4 * 4 * 5 + 4 * 10)
+
+
 def test_rates_must_name_the_layers() -> None:
     with pytest.raises(ValueError, match="rates must name the LIF layers"):
         activity(network(), {"conv": 0.5}, (2, 8, 8))
