@@ -407,7 +407,7 @@ def test_the_environment_gets_what_the_replay_holds(kind: str) -> None:
 
 def test_from_ann_is_to_spiking_of_the_actor() -> None:
     model = ppo("box")
-    student = student_of(model, "box", 3)
+    student = student_of(model, "box", 3, percentile=95.0, leak=0.6)
     env, obs = walks("box"), []
     env.seed(SMALL["seed"])
     frame = env.reset()
@@ -415,7 +415,7 @@ def test_from_ann_is_to_spiking_of_the_actor() -> None:
         obs.append(torch.as_tensor(np.array(frame)))
         frame, *_ = env.step(model.predict(frame, deterministic=True)[0])  # type: ignore[arg-type]
     actor = actor_of(model.policy)  # type: ignore[arg-type]
-    expected = to_spiking(actor.network, torch.cat(obs), 99.0, 3)
+    expected = to_spiking(actor.network, torch.cat(obs), 95.0, 3, leak=0.6)
     assert student.net.network.state_dict().keys() == expected.state_dict().keys()
     for name, weight in expected.state_dict().items():
         torch.testing.assert_close(student.net.network.state_dict()[name], weight, rtol=1e-5, atol=1e-6, msg=name)
