@@ -6,11 +6,11 @@ import os
 
 # One thread for each test process and for those that a test starts. They share the cores, and would stand in each
 # other's way.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+torch.set_num_threads(1)
 
 if not torch.cuda.is_available():
     # Triton reads this when it is first imported, its own library's functions included, and `torch.compile` imports it
