@@ -38,7 +38,7 @@ def test_a_policy_becomes_either(policy_file: Path, tmp_path: Path, capsys: pyte
         expected = network(x)[0]
         torch.testing.assert_close(read_nir(tmp_path / "a.nir")(x)[0], expected)
     model = onnxruntime.InferenceSession(tmp_path / "a.onnx")
-    q_values = model.run(["output"], {"observation": x.numpy(), "carry_q_1": np.zeros((1, 16), dtype=np.float32)})
+    q_values = model.run(["output"], {"observation": x.numpy(), "carry_mlp_1": np.zeros((1, 16), dtype=np.float32)})
     np.testing.assert_allclose(q_values[0], expected.numpy(), rtol=1e-5, atol=1e-6)
 
 
