@@ -32,7 +32,7 @@ watch: $(STAMP)  ## Watch a trained agent play (FILE=..., ARGS="--steps 2000 --v
 	$(BIN)/python scripts/watch.py $(FILE) $(ARGS)
 
 test: $(STAMP)  ## Run the tests
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n auto $(ARGS)
 
 lint: $(STAMP)  ## Check format, style and types
 	$(BIN)/ruff format --check .

@@ -4,7 +4,8 @@
 
 FOLDER holds one folder per agent, with ``model.zip`` and, where its observations are normalised, ``vecnormalize.pkl``.
 ``index.json`` in FOLDER lists them: name, algo, env_id, env_kwargs, vecnormalize, teacher_mean and random_mean. Each
-agent is made to spike as ``snn-rl spike`` does it, by one set of numbers. The same command resumes; finished agents are
+agent is made to spike as ``snn-rl spike`` does it, by one set of numbers. LunarLander and the like need
+``pip install -e '.[games]'``. The same command resumes; finished agents are
 not run again. Several processes may work on one folder: an agent that another one works on is left out.
 
 The score of a stage is (its mean - random_mean) / (teacher_mean - random_mean).
