@@ -340,22 +340,8 @@ class SpikingDQN(RecurrentLearner, DQN):
             ValueError: a parent that does not spike, ``timesteps`` that are not fewer, or spaces that are not its.
         """
         _check_spiking(parent, "from_parent")
-        assert parent.timesteps is not None
-        if parent.timesteps == 1:
-            raise ValueError("the parent is at 1 timestep already, and there are no fewer")
-        if not 1 <= timesteps < parent.timesteps:
-            raise ValueError(f"timesteps must lie in [1, {parent.timesteps - 1}], below the parent's, got {timesteps}")
-        env = cls._checked_env(env, kwargs.get("verbose", 0))
-        check_same_spaces(env, parent)
-        policy_kwargs = {**parent.policy_kwargs, **(kwargs.pop("policy_kwargs", None) or {}), "timesteps": timesteps}
-        policy = type(parent.policy)
-        model = cls(policy, env, policy_kwargs=policy_kwargs, **{"gamma": parent.gamma, **kwargs})
-        try:
-            model.q_net.load_state_dict(parent.q_net.state_dict(), strict=True)
-        except RuntimeError as error:
-            raise ValueError("the layers are the parent's: leave net_arch and the like out of policy_kwargs") from error
+        model = cls._pruned(parent, env, timesteps, **{"gamma": parent.gamma, **kwargs})
         model.q_net_target.load_state_dict(model.q_net.state_dict())
-        model.teacher = parent.teacher
         return model
 
     def keep_rates(self, parent: RecurrentLearner, windows: int = 64) -> None:

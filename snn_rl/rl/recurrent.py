@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any, TypeVar
@@ -119,8 +120,34 @@ class RecurrentLearner(OffPolicyAlgorithm):
         return env
 
     @classmethod
+    @abstractmethod
     def _check_spaces(cls, observation_space: spaces.Space, action_space: spaces.Space) -> None:
-        raise NotImplementedError
+        """Raise UnsupportedSpaceError for spaces that the algorithm cannot learn in."""
+
+    @classmethod
+    def _pruned(
+        cls: type[SelfLearner], parent: RecurrentLearner, env: GymEnv | str, timesteps: int, **kwargs: Any
+    ) -> SelfLearner:
+        """An agent at fewer ``timesteps`` than its spiking ``parent``, with its network, policy and teacher.
+
+        Raises:
+            ValueError: ``timesteps`` that are not fewer, spaces that are not the parent's, or other layers.
+        """
+        assert parent.timesteps is not None
+        if parent.timesteps == 1:
+            raise ValueError("the parent is at 1 timestep already, and there are no fewer")
+        if not 1 <= timesteps < parent.timesteps:
+            raise ValueError(f"timesteps must lie in [1, {parent.timesteps - 1}], below the parent's, got {timesteps}")
+        env = cls._checked_env(env, kwargs.get("verbose", 0))
+        check_same_spaces(env, parent)
+        policy_kwargs = {**parent.policy_kwargs, **(kwargs.pop("policy_kwargs", None) or {}), "timesteps": timesteps}
+        model = cls(type(parent.policy), env, policy_kwargs=policy_kwargs, **kwargs)
+        try:
+            model.net.network.load_state_dict(parent.net.network.state_dict())
+        except RuntimeError as error:
+            raise ValueError("the layers are the parent's: leave net_arch and the like out of policy_kwargs") from error
+        model.teacher = parent.teacher
+        return model
 
     def set_random_seed(self, seed: int | None = None) -> None:
         """SB3's, and the generator that exploration draws from. None changes nothing."""

@@ -288,20 +288,7 @@ class Student(RecurrentLearner):
         """
         if not isinstance(parent, Student) or parent.timesteps is None:
             raise ValueError(f"from_parent takes a spiking Student, got {named(parent)}; Student.from_ann makes one")
-        if parent.timesteps == 1:
-            raise ValueError("the parent is at 1 timestep already, and there are no fewer")
-        if not 1 <= timesteps < parent.timesteps:
-            raise ValueError(f"timesteps must lie in [1, {parent.timesteps - 1}], below the parent's, got {timesteps}")
-        env = cls._checked_env(env, kwargs.get("verbose", 0))
-        check_same_spaces(env, parent)
-        policy_kwargs = {**parent.policy_kwargs, **(kwargs.pop("policy_kwargs", None) or {}), "timesteps": timesteps}
-        model = cls(AgentPolicy, env, policy_kwargs=policy_kwargs, **kwargs)
-        try:
-            model.net.network.load_state_dict(parent.net.network.state_dict())
-        except RuntimeError as error:
-            raise ValueError("the layers are the parent's: leave net_arch and the like out of policy_kwargs") from error
-        model.teacher = parent.teacher
-        return model
+        return cls._pruned(parent, env, timesteps, **kwargs)
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []
